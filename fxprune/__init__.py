@@ -1,0 +1,51 @@
+"""fxprune: cut residual blocks out of trained vision networks, from a handful of unlabelled images.
+
+The names below are loaded when they are first used, so that `import fxprune` and `fxprune --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxprune import passes
+    from fxprune.api import compress, export_onnx, measure, report
+    from fxprune.errors import FxpruneError
+    from fxprune.graph.discovery import discover
+    from fxprune.graph.trace import trace
+
+__all__ = [
+    "FxpruneError",
+    "compress",
+    "discover",
+    "export_onnx",
+    "measure",
+    "passes",
+    "report",
+    "trace",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FxpruneError": "fxprune.errors",
+    "compress": "fxprune.api",
+    "discover": "fxprune.graph.discovery",
+    "export_onnx": "fxprune.api",
+    "measure": "fxprune.api",
+    "report": "fxprune.api",
+    "trace": "fxprune.graph.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return import_module("fxprune.passes")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,134 @@
+"""The shell's arguments: one function a command, and the types that check single values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+__all__ = ["add_compress", "add_demo", "add_inspect", "add_measure"]
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_MODEL = "torchvision:NAME, timm:NAME, path/to/file.py:factory, or a .pt2 file"
+_KINDS = ("identity", "projection", "sequential")
+_BACKENDS = ("torch", "onnxruntime-cpu", "onnxruntime-cuda")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _numbers(kind: type[int | float], count: int | None = None) -> Callable[[str], tuple[Any, ...]]:
+    """An argument type: numbers separated by commas."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        values = tuple(kind(part) for part in text.split(","))
+        if (count is not None and len(values) != count) or (kind is int and min(values) < 1):
+            raise ValueError
+        return values
+
+    parse.__name__ = f"list of {count or 'positive'} numbers"
+    return parse
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(text.split(","))
+    unknown = [kind for kind in kinds if kind not in _KINDS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown kind {unknown[0]!r}: choose from {', '.join(_KINDS)}")
+    return kinds
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint: .safetensors, .pt, .pth")
+    parser.add_argument("--size", type=_positive, default=224, help="image height and width (224)")
+    parser.add_argument(
+        "--kinds", type=_kinds, default=("identity",), help=f"kinds of region: {','.join(_KINDS)} (identity)"
+    )
+    parser.add_argument(
+        "--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help="regions to leave alone"
+    )
+
+
+def add_demo(commands: Commands) -> argparse.ArgumentParser:
+    """Arguments of `fxprune demo`."""
+    parser = commands.add_parser("demo", help="train, compress and measure on real digits")
+    parser.add_argument(
+        "--out", default="fxprune-demo", metavar="DIR", help="where results go (fxprune-demo)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def add_inspect(commands: Commands) -> argparse.ArgumentParser:
+    """Arguments of `fxprune inspect`."""
+    parser = commands.add_parser("inspect", help="list what can be cut, and why the rest not")
+    _add_model(parser)
+    parser.add_argument("--input-shape", type=_numbers(int), metavar="1,3,224,224", help="in place of --size")
+    parser.add_argument("--front-end", choices=("auto", "fx", "export"), default="auto")
+    return parser
+
+
+def add_compress(commands: Commands) -> argparse.ArgumentParser:
+    """Arguments of `fxprune compress`."""
+    parser = commands.add_parser("compress", help="cut, recover, export")
+    _add_model(parser)
+    parser.add_argument(
+        "--data", required=True, metavar="IMAGES/", help="folder of images; labels are not used"
+    )
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--k", type=_positive, help="how many regions to cut")
+    goal.add_argument("--target-speedup", type=float, metavar="X", help="for instance 1.3")
+    goal.add_argument("--target-latency-ms", type=float, metavar="T")
+    parser.add_argument(
+        "--min-agreement", type=float, metavar="F", help="least top-1 agreement with the original"
+    )
+    parser.add_argument("--out", metavar="OUT/", help="write model.onnx, model.pt2, report.json there")
+    parser.add_argument("--recipe", choices=("fast", "practise"), default="fast")
+    parser.add_argument("--criterion", choices=("recovery", "l2", "kl"), default="recovery")
+    parser.add_argument("--selection", choices=("greedy", "independent", "exact"), default="greedy")
+    parser.add_argument(
+        "--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--images", type=_positive, default=500, help="calibration images to draw (500)")
+    parser.add_argument("--mean", type=_numbers(float, 3), default=_IMAGENET_MEAN, metavar="R,G,B")
+    parser.add_argument("--std", type=_numbers(float, 3), default=_IMAGENET_STD, metavar="R,G,B")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument("--tap", metavar="NODE", help="node where features are compared (found in the graph)")
+    parser.add_argument(
+        "--latency-batch", type=_positive, metavar="N", help="batch size of the latency measured"
+    )
+    parser.add_argument("--submodule", metavar="PATH", help="compress this part of the network only")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def add_measure(commands: Commands) -> argparse.ArgumentParser:
+    """Arguments of `fxprune measure`."""
+    parser = commands.add_parser("measure", help="time two ONNX files alternately")
+    parser.add_argument("before", metavar="BEFORE.onnx")
+    parser.add_argument("after", metavar="AFTER.onnx")
+    parser.add_argument("--backend", choices=_BACKENDS[1:], default="onnxruntime-cpu")
+    parser.add_argument("--batch", type=_positive, metavar="N", help="batch size (the file's, or 1)")
+    parser.add_argument(
+        "--input-shape",
+        type=_numbers(int),
+        action="append",
+        default=[],
+        metavar="1,3,224,224",
+        help="one an input",
+    )
+    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds (until the interval is narrow)")
+    return parser

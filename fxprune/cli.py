@@ -1,0 +1,177 @@
+"""The pipeline for the shell: `fxprune demo | inspect | compress | measure`.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
+else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage or options, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fxprune.arguments import add_compress, add_demo, add_inspect, add_measure
+from fxprune.errors import FxpruneError, OptionError
+
+__all__ = ["main"]
+
+_HANDED_ON = (
+    *("target_speedup", "target_latency_ms", "min_agreement", "recipe", "criterion", "selection", "backend"),
+    *("device", "kinds", "tap", "images", "latency_batch", "submodule", "seed", "threads", "out"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code, see the module docstring.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse exits by itself, with its message printed
+        return stop.code if isinstance(stop.code, int) else 2
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING,
+        format="fxprune: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )
+    command: Callable[[argparse.Namespace], None] = args.run
+    try:
+        command(args)
+    except KeyboardInterrupt:
+        print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
+        return 130
+    except (FxpruneError, OSError) as error:
+        if args.verbose:
+            logging.getLogger(__name__).exception("%s failed", args.command)
+        print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxprune",
+        description="Cut residual blocks out of trained vision networks, from a few unlabelled images.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add, run in _COMMANDS:
+        command = add(commands)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print JSON in place of the table")
+        command.add_argument("--verbose", action="store_true", help="log progress and the origin of errors")
+    return parser
+
+
+def _model(args: argparse.Namespace) -> Any:
+    from fxprune.sources import load_model, load_weights
+
+    model = load_model(args.model)
+    if args.weights is not None:
+        load_weights(model, args.weights)
+    return model
+
+
+def _print(args: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=2) if args.json else text)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from fxprune import demo
+
+    result = demo.run(Path(args.out), seed=args.seed, threads=args.threads, progress=not args.no_progress)
+    table = result.pop("table")
+    _print(args, result, table)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    import torch
+
+    import fxprune
+    from fxprune.inspection import describe, tables
+
+    model = _model(args)
+    shape = args.input_shape or (1, 3, args.size, args.size)
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gm = fxprune.trace(model, example, front_end=args.front_end)
+    found = fxprune.discover(gm, kinds=args.kinds, ignore=tuple(args.ignore))
+    data = {"model": args.model, "input_shape": list(shape), **describe(gm, found)}
+    _print(args, data, tables(data))
+
+
+def _compress(args: argparse.Namespace) -> None:
+    import fxprune
+    from fxprune.deploy import artifact
+
+    out = None if args.out is None else artifact.check_writable(args.out)
+    model = _model(args)
+    loader = _images(args)
+    example = next(iter(loader))[:1]
+    # a network that is compressed in part need not be traceable as a whole
+    original = model if args.submodule else fxprune.trace(model, example)
+    settings = {name: getattr(args, name) for name in _HANDED_ON}
+    small = fxprune.compress(
+        original, loader, args.k, ignore=tuple(args.ignore), progress=not args.no_progress, **settings
+    )
+    report = fxprune.report(small)
+    text = report.to_json()
+    if out is not None:
+        artifact.write_text_atomic(out / "report.json", text)
+        fxprune.export_onnx(small, out / "model.onnx", (example,))
+        artifact.save(small, out, example_inputs=(example,))
+        fxprune.export_onnx(original, out / "original.onnx", (example,))
+    if loader.unreadable:
+        count = len(loader.unreadable)
+        print(f"fxprune: skipped {count} image files that could not be read", file=sys.stderr)
+    print(text if args.json else str(report))
+
+
+def _images(args: argparse.Namespace) -> Any:
+    from fxprune.sources import load_images
+
+    return load_images(
+        args.data,
+        size=args.size,
+        mean=args.mean,
+        std=args.std,
+        limit=args.images,
+        seed=args.seed,
+        progress=not args.no_progress,
+    )
+
+
+def _measure(args: argparse.Namespace) -> None:
+    import fxprune
+    from fxprune.deploy.latency import TimingSettings
+    from fxprune.inspection import comparison, comparison_table
+    from fxprune.sources import onnx_inputs
+
+    shapes = args.input_shape
+    inputs = onnx_inputs(args.before, batch=args.batch, shapes=shapes)
+    theirs = onnx_inputs(args.after, batch=args.batch, shapes=shapes)
+    if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in theirs]:
+        raise OptionError(f"{args.before} and {args.after} take different inputs: they cannot be compared.")
+    # a number of rounds that was asked for is taken, however long it lasts
+    rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
+    settings = TimingSettings(threads=args.threads, **rounds)
+    result = fxprune.measure(args.before, args.after, inputs=inputs, backend=args.backend, settings=settings)
+    _print(args, comparison(result), comparison_table(result))
+
+
+_COMMANDS = (
+    (add_demo, _demo),
+    (add_inspect, _inspect),
+    (add_compress, _compress),
+    (add_measure, _measure),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

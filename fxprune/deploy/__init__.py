@@ -1,0 +1,1 @@
+"""Writing ONNX, proving it equal, and measuring it on the runtime that will serve it."""

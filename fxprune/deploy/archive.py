@@ -1,0 +1,197 @@
+"""Whether a `.pt2` archive may be opened: reading one can run code, so every part of it is looked at first.
+
+`torch.export.load` (2.9 to 2.15) trusts its input in five ways, and each is closed here before it is called:
+
+1. pickled weights, constants, sample inputs are unpickled with `weights_only=False`, some as a fallback;
+2. `custom_obj_*`, `opaque_obj_*` and `aotinductor/` entries hold pickles and shared libraries by design;
+3. symbolic sizes pass through `sympy.sympify`, and guards through `exec`;
+4. names of nodes, parameters and arguments are pasted into generated Python source;
+5. operator names are resolved by walking attributes from the `torch` module.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fxprune.errors import ArtifactError
+
+__all__ = ["require_harmless"]
+
+_ENTRY = re.compile(
+    r"\.?data/(version|serialization_id)|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
+    r"|extra/.*|models/model\.json|data/(weights|constants)/model_(weights|constants)_config\.json"
+    r"|data/weights/weight_\d+|data/constants/tensor_\d+|data/(weights|constants|sample_inputs)/model\.pt"
+)
+_PICKLES = re.compile(r"data/(weights|constants|sample_inputs)/model\.pt")
+_PAYLOAD = re.compile(r"(weight|tensor)_\d+")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*|")
+_QUALIFIED = re.compile(r"[\w.\-/: ]*")
+_OPERATOR = re.compile(
+    r"torch\.ops\.(aten|prims|torchvision|higher_order|quantized_decomposed)(\.(?!_*from_file|save\b|__)\w+)+"
+    r"|(_operator|math)\.[a-z]\w*|torch\.sym_\w+"
+)
+# Of the operator module, these three call or look up by name.
+_FORBIDDEN_OPERATORS = frozenset({"_operator.attrgetter", "_operator.methodcaller", "_operator.call"})
+_NAME_KEYS: dict[str, re.Pattern[str]] = {
+    **dict.fromkeys(("name", "as_name", "forward_arg_names", "field_names", "user_input_name"), _IDENTIFIER),
+    **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), _QUALIFIED),
+    **dict.fromkeys(("target", "as_operator"), _OPERATOR),
+}
+_FUNCTION = re.compile(
+    r"Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|Mod|Abs|floor"
+    r"|ceiling|sqrt|FloorDiv|ModularIndexing|Where|PythonMod|CleanDiv|CeilToInt|FloorToInt|CeilDiv"
+    r"|LShift|RShift|PowByNatural|FloatPow|FloatTrueDiv|IntTrueDiv|IsNonOverlappingAndDenseIndicator"
+    r"|TruncToFloat|TruncToInt|RoundToInt|RoundDecimal|ToFloat|Identity|GreaterThan|LessThan"
+    r"|StrictGreaterThan|StrictLessThan|Equality|Unequality|max|min|abs"
+)
+_METHODS = frozenset({"size", "stride", "storage_offset", "dim", "numel"})
+_CONSTANTS = frozenset({"math.inf", "math.nan"})
+_EXPRESSION_NODES = (
+    ast.Expression,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.Subscript,
+    ast.Name,
+    ast.keyword,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.expr_context,
+    ast.Tuple,
+)
+
+
+def require_harmless(archive: bytes, path: str) -> None:
+    """Refuse an archive in which opening it could run code that is not torch's own.
+
+    Args:
+        archive: The whole file; load from the same bytes, not from the file again.
+        path: Where it came from, for messages.
+
+    Raises:
+        ArtifactError: The archive is damaged, of an older format, or not provably harmless.
+    """
+    try:
+        outer = zipfile.ZipFile(io.BytesIO(archive)).namelist()
+        # The reader that torch.export.load uses, so that both see the same entries.
+        reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+        entries: list[str] = reader.get_all_records()
+    except (zipfile.BadZipFile, RuntimeError) as error:
+        raise ArtifactError(
+            f"{path} is not a readable .pt2 archive ({str(error).splitlines()[0]}): "
+            "write it again with torch.export.save"
+        ) from error
+    if "version" in outer or "models/model.json" not in entries:
+        raise ArtifactError(
+            f"{path} is no exported network of torch 2.8 or newer: write it again with torch.export.save"
+        )
+    for finding in _findings(entries, reader.get_record):
+        raise ArtifactError(
+            f"{path} was refused: {finding}, and opening it could run code from the file. Give the network "
+            "as FILE.py:FACTORY with its weights as .safetensors, or export it again without custom objects"
+        )
+
+
+def _findings(entries: list[str], read: Callable[[str], bytes]) -> Iterator[str]:
+    """What is not provably harmless, in words; lazily, the first is enough."""
+    for entry in entries:
+        if not _ENTRY.fullmatch(entry):
+            yield f"it holds the entry {entry!r}"
+        if _PICKLES.fullmatch(entry) and (reason := _pickle_reason(read(entry))):
+            yield f"the pickle {entry!r} is unsafe ({reason})"
+        if entry.endswith("_config.json"):
+            yield from _payload_findings(entry, read)
+    yield from _text_findings(json.loads(read("models/model.json")), key="")
+
+
+def _payload_findings(config: str, read: Callable[[str], bytes]) -> Iterator[str]:
+    """Entries of a weights or constants table that would be unpickled, or lie elsewhere."""
+    folder = config.rpartition("/")[0]
+    for name, payload in json.loads(read(config))["config"].items():
+        if not _QUALIFIED.fullmatch(name) or not _PAYLOAD.fullmatch(payload["path_name"]):
+            yield f"{name!r} of {config!r} points to {payload['path_name']!r}"
+        elif payload["use_pickle"] and (reason := _pickle_reason(read(f"{folder}/{payload['path_name']}"))):
+            yield f"the pickled tensor {name!r} is unsafe ({reason})"
+
+
+def _pickle_reason(data: bytes) -> str:
+    """Why a pickle needs more than tensors, or nothing if it does not."""
+    if not data:
+        return ""
+    try:
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever goes wrong, torch would go on to unpickle everything
+        return str(error).splitlines()[0] or type(error).__name__
+    return ""
+
+
+def _text_findings(value: Any, key: str) -> Iterator[str]:
+    """Walk the graph's JSON and judge every string that becomes code or an attribute look-up."""
+    if isinstance(value, dict):
+        if value.get("as_custom_obj") or value.get("custom_obj_values"):
+            yield "its graph uses a custom object"
+        for inner_key, inner in value.items():
+            yield from _text_findings(inner, inner_key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _text_findings(inner, key)
+    elif isinstance(value, str):
+        yield from _string_findings(value, key)
+
+
+def _string_findings(text: str, key: str) -> Iterator[str]:
+    if (pattern := _NAME_KEYS.get(key)) and not pattern.fullmatch(text):
+        yield f"the {key} {text!r} is not a plain name"
+    if text in _FORBIDDEN_OPERATORS:
+        yield f"its graph calls {text}"
+    if key in ("expr_str", "guards_code") and not _plain_expression(text):
+        yield f"the {key} {text!r} is not plain arithmetic"
+    if key in ("in_spec", "out_spec") and not _plain_structure(json.loads(text)):
+        yield f"the {key} {text[:80]!r} names something to import"
+
+
+def _plain_expression(text: str) -> bool:
+    """Whether `text` is arithmetic over sizes: the known functions, names and numbers, nothing else."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    return all(_plain_node(node) for node in ast.walk(tree))
+
+
+def _plain_node(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        return not isinstance(node.value, str) or _IDENTIFIER.fullmatch(node.value) is not None
+    if isinstance(node, ast.Call):
+        callee = node.func
+        return isinstance(callee, ast.Attribute) or (
+            isinstance(callee, ast.Name) and _FUNCTION.fullmatch(callee.id) is not None
+        )
+    if isinstance(node, ast.Attribute):
+        return node.attr in _METHODS or ast.unparse(node) in _CONSTANTS
+    return isinstance(node, _EXPRESSION_NODES) and not (isinstance(node, ast.Name) and "__" in node.id)
+
+
+def _plain_structure(spec: Any) -> bool:
+    """Whether a container description holds names only; enumerations and default factories import modules."""
+    if isinstance(spec, dict):
+        if "__enum__" in spec or "default_factory_module" in spec:
+            return False
+        context = spec.get("context")
+        if isinstance(context, str) and not _plain_structure(json.loads(context)):
+            return False
+        return all(_plain_structure(inner) for key, inner in spec.items() if key != "context")
+    if isinstance(spec, list):
+        return all(_plain_structure(inner) for inner in spec)
+    return not isinstance(spec, str) or _QUALIFIED.fullmatch(spec) is not None

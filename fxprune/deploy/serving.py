@@ -1,0 +1,135 @@
+"""The one file that opens onnxruntime sessions, and that refuses one which fell back to another device."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+
+from fxprune.errors import DeviceError, MeasurementError
+
+__all__ = ["bound_call", "open_session", "run"]
+
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
+# Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
+_LOG_ERRORS = 3
+
+Array = npt.NDArray[np.generic]
+
+
+def open_session(
+    path: str | os.PathLike[str], *, device: str, threads: int | None = None
+) -> ort.InferenceSession:
+    """Open an ONNX file on a device, and nowhere else.
+
+    Args:
+        path: A single-file ONNX network.
+        device: `cpu` or `cuda`.
+        threads: Intra-operator threads; `None` leaves the choice to onnxruntime.
+
+    Raises:
+        DeviceError: The device, its provider or one of its libraries is missing.
+        MeasurementError: onnxruntime cannot load the network.
+    """
+    if device not in _PROVIDERS:
+        raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
+    printed = _require_cuda() if device == "cuda" else ""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _LOG_ERRORS
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(os.fspath(path), options, providers=[_PROVIDERS[device]])
+    except Exception as error:  # onnxruntime's own exceptions share no public base class
+        raise MeasurementError(f"onnxruntime cannot load {os.fspath(path)} on {device}: {error}") from error
+    if session.get_providers()[0] != _PROVIDERS[device]:
+        raise DeviceError(
+            f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {session.get_providers()[0]}"
+            f" for {os.fspath(path)}; a CUDA library is missing or of the wrong version"
+            f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
+        )
+    return session
+
+
+def _require_cuda() -> str:
+    """Load the CUDA libraries for onnxruntime and return what could not be loaded, in its own words."""
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "no CUDA device was found: onnxruntime cannot run on cuda here; measure on the CPU instead"
+        )
+    # preload_dlls() prints the libraries that it cannot load instead of raising.
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        ort.preload_dlls()
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise DeviceError(
+            f"the installed onnxruntime {ort.__version__} has no CUDA support; "
+            f"uninstall onnxruntime and {_CUDA_ADVICE}"
+        )
+    return " ".join(output.getvalue().split())
+
+
+def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> list[Array]:
+    """Run once, with inputs in the order of the network's own.
+
+    Returns:
+        The outputs in graph order.
+
+    Raises:
+        MeasurementError: The number, shapes or types of the inputs do not fit the network.
+    """
+    feeds = dict(zip(_input_names(session, inputs), map(_as_array, inputs), strict=True))
+    try:
+        outputs: list[Array] = session.run(None, feeds)
+    except Exception as error:  # onnxruntime's own exceptions share no public base class
+        raise MeasurementError(f"onnxruntime failed while running the network: {error}") from error
+    return outputs
+
+
+def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> Callable[[], None]:
+    """Bind inputs and outputs on the session's device, so that a call measures the network and no copies.
+
+    Returns:
+        A function that runs the network once and waits until it has finished.
+
+    Raises:
+        MeasurementError: The inputs do not fit the network; raised here or by the call.
+    """
+    device = "cuda" if session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
+    binding = session.io_binding()
+    for name, value in zip(_input_names(session, inputs), inputs, strict=True):
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_as_array(value), device, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device)
+
+    def call() -> None:
+        try:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise MeasurementError(f"onnxruntime failed while running the network: {error}") from error
+
+    return call
+
+
+def _input_names(session: ort.InferenceSession, inputs: Sequence[object]) -> list[str]:
+    names = [entry.name for entry in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise MeasurementError(
+            f"the ONNX network takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} were given"
+        )
+    return names
+
+
+def _as_array(value: torch.Tensor | Array) -> Array:
+    array: Array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    return np.ascontiguousarray(array)

@@ -1,0 +1,121 @@
+"""Where a region ends: its body, and the edges that would cross its border."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxprune.graph import operators as ops
+from fxprune.graph.dominance import Dominance
+from fxprune.graph.regions import Reason
+
+__all__ = ["Border"]
+
+
+class Border:
+    """Answers questions about subgraphs between an entry and an exit.
+
+    Args:
+        gm: The graph module.
+        flow: Its tensor flow, from `flow_nodes`.
+        dominance: Dominators over that flow.
+    """
+
+    def __init__(self, gm: fx.GraphModule, flow: dict[str, fx.Node], dominance: Dominance) -> None:
+        self._gm = gm
+        self._flow = flow
+        self._dominance = dominance
+        self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def body(self, entry: fx.Node, exit_: fx.Node) -> list[fx.Node]:
+        """Nodes from which `exit_` is computed without passing `entry`, in graph order.
+
+        Sizes and parameters that nothing else needs belong to the body too.
+        """
+        inside = {exit_}
+        stack = [exit_]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source is not entry and source not in inside and source.name in self._flow:
+                    inside.add(source)
+                    stack.append(source)
+        self._add_private_sources(inside)
+        return sorted(inside, key=self._position.__getitem__)
+
+    def _add_private_sources(self, inside: set[fx.Node]) -> None:
+        stack = list(inside)
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in inside or source.name in self._flow or source.op == "placeholder":
+                    continue
+                if all(user in inside for user in source.users):
+                    inside.add(source)
+                    stack.append(source)
+
+    def crossing(
+        self, entry: fx.Node, exit_: fx.Node, body: Iterable[fx.Node]
+    ) -> tuple[Reason, str, tuple[str, ...]] | None:
+        """The first edge that forbids dropping the body: a reason, a sentence, its nodes; None without one."""
+        inside = set(body)
+        for node in inside:
+            if node.op == "placeholder":
+                return Reason.FED_FROM_OUTSIDE, f"input {node.name} enters beside {entry.name}", (node.name,)
+        for node in sorted(inside, key=self._position.__getitem__):
+            if (
+                node is not exit_
+                and node.name in self._flow
+                and not self._dominance.post_dominates(exit_.name, node.name)
+            ):
+                witness = next((u for u in node.users if u not in inside and u.name in self._flow), None)
+                if witness is not None and self._dominance.is_live(witness.name):
+                    return (
+                        Reason.USED_OUTSIDE,
+                        f"{node.name} is used by {witness.name}",
+                        (node.name, witness.name),
+                    )
+            leak = self._size_used_outside(node, inside) if node is not exit_ else None
+            if leak is not None:
+                return (
+                    Reason.USED_OUTSIDE,
+                    f"a size of {node.name} is used by {leak.name}",
+                    (node.name, leak.name),
+                )
+            changed = ops.mutated_input(self._gm, node)
+            if changed is entry and any(user not in inside for user in entry.users):
+                return (
+                    Reason.MUTATED_ENTRY,
+                    f"{node.name} changes {entry.name} in place",
+                    (node.name, entry.name),
+                )
+        return None
+
+    def _size_used_outside(self, node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+        """The first node outside that computes with a size (or another non-tensor) taken from a node inside."""
+        seen: set[fx.Node] = set()
+        stack = [u for u in node.users if u not in inside and u.name not in self._flow]
+        while stack:
+            size = stack.pop()
+            if size in seen:
+                continue
+            seen.add(size)
+            for user in size.users:
+                if user in inside:
+                    continue
+                if user.name in self._flow:
+                    return user
+                stack.append(user)
+        return None
+
+    def dropped(self, body: Iterable[fx.Node], exit_: fx.Node, bypass: fx.Node) -> list[fx.Node]:
+        """Nodes of the body that nothing needs once `bypass` stands in for `exit_`."""
+        inside = list(body)
+        members = set(inside)
+        needed: set[fx.Node] = set()
+        stack = [bypass] if bypass in members else []
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(source for source in node.all_input_nodes if source in members)
+        return [node for node in inside if node not in needed]

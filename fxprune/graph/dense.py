@@ -1,0 +1,289 @@
+"""Dense operators: the linear maps over channels that adaptors stand beside and fold into.
+
+An operator is known by the names of its parameters, so that a module call and an ATen function with `get_attr`
+weights are the same thing to the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.graph import operators as ops
+
+__all__ = ["DenseOperator", "Layout", "OperatorIndex"]
+
+
+class Layout(str, Enum):
+    """How a weight tensor holds its output and input channels."""
+
+    CONV = "conv"  # [out, in / groups, *kernel], channels at dimension 1 of the data
+    CONV_TRANSPOSE = "conv_transpose"  # [in, out / groups, *kernel]
+    LINEAR = "linear"  # [out, in], channels last
+
+
+@dataclass(frozen=True, slots=True)
+class DenseOperator:
+    """One operator whose weights can absorb an adaptor.
+
+    Attributes:
+        node: Name of the operator's node.
+        layout: How its weights are laid out.
+        read: Qualified name of the weight that meets the input (a PRE adaptor folds into it).
+        write: Qualified name of the weight that yields the output (a POST adaptor folds into it).
+        bias: Qualified name of the bias added after `write`, None without one.
+        in_channels: Channels read.
+        out_channels: Channels written.
+        groups: Groups of the map; adaptors fold only into 1.
+        channel_dim: Dimension of the data tensors that holds the channels: 1 or -1.
+        data: Names of the nodes it reads data from (one, but three times the same for attention).
+        output: Name of the node that holds its output tensor (an item of the result, for attention).
+        refusal: Why no adaptor may stand here, "" when one may.
+    """
+
+    node: str
+    layout: Layout
+    read: str
+    write: str
+    bias: str | None
+    in_channels: int
+    out_channels: int
+    groups: int
+    channel_dim: int
+    data: tuple[str, ...]
+    output: str
+    refusal: str = ""
+
+
+_MODULE_LAYOUTS: tuple[tuple[type[nn.Module], Layout], ...] = (
+    (nn.Conv1d, Layout.CONV),
+    (nn.Conv2d, Layout.CONV),
+    (nn.Conv3d, Layout.CONV),
+    (nn.ConvTranspose1d, Layout.CONV_TRANSPOSE),
+    (nn.ConvTranspose2d, Layout.CONV_TRANSPOSE),
+    (nn.ConvTranspose3d, Layout.CONV_TRANSPOSE),
+    (nn.Linear, Layout.LINEAR),
+)
+_FUNCTION_LAYOUTS: dict[str, Layout] = {
+    "conv1d": Layout.CONV,
+    "conv2d": Layout.CONV,
+    "conv3d": Layout.CONV,
+    "conv_transpose1d": Layout.CONV_TRANSPOSE,
+    "conv_transpose2d": Layout.CONV_TRANSPOSE,
+    "conv_transpose3d": Layout.CONV_TRANSPOSE,
+    "linear": Layout.LINEAR,
+}
+_GROUPS_POSITION = {Layout.CONV: 6, Layout.CONV_TRANSPOSE: 6}
+
+
+def _fetch(gm: fx.GraphModule, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(gm.get_submodule(owner), attribute, None)
+
+
+class OperatorIndex:
+    """Every dense operator of a graph, and who else uses its weights.
+
+    Args:
+        gm: The graph module; read once, so make a new index after a rewrite.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
+        owners: Counter[int] = Counter()
+        for node in gm.graph.nodes:
+            if node.op == "call_module":
+                owners.update(id(p) for p in gm.get_submodule(str(node.target)).parameters())
+            elif node.op == "get_attr":
+                value = _fetch(gm, str(node.target))
+                if isinstance(value, nn.Parameter):
+                    owners.update([id(value)] * len(node.users))
+        self._owners = owners
+        self._found: dict[str, DenseOperator] = {}
+        for node in gm.graph.nodes:
+            operator = self._read(node)
+            if operator is not None:
+                self._found[node.name] = operator
+
+    def __getitem__(self, name: str) -> DenseOperator:
+        return self._found[name]
+
+    def get(self, name: str) -> DenseOperator | None:
+        """The operator at a node, None when the node is no dense operator."""
+        return self._found.get(name)
+
+    def by_output(self) -> dict[str, DenseOperator]:
+        """Operators keyed by the node that holds their output."""
+        return {operator.output: operator for operator in self._found.values()}
+
+    def _read(self, node: fx.Node) -> DenseOperator | None:
+        if node.op == "call_module":
+            module = self._gm.get_submodule(str(node.target))
+            if isinstance(module, nn.MultiheadAttention):
+                return self._attention(node, module)
+            for kind, layout in _MODULE_LAYOUTS:
+                if isinstance(module, kind):
+                    return self._module(node, module, layout)
+            return None
+        if node.op != "call_function":
+            return None
+        function_layout = _FUNCTION_LAYOUTS.get(ops.op_name(self._gm, node))
+        return None if function_layout is None else self._function(node, function_layout)
+
+    def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node):
+            return None
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            return None
+        refusal = self._module_refusal(node, module, layout)
+        path = f"{node.target}."
+        bias = f"{path}bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
+        return self._build(
+            node, layout, f"{path}weight", bias, weight, getattr(module, "groups", 1), source, refusal
+        )
+
+    def _module_refusal(self, node: fx.Node, module: nn.Module, layout: Layout) -> str:
+        if self._calls[str(node.target)] > 1:
+            return "the module is called more than once"
+        if "weight" not in module._parameters:
+            return "its weight is parametrised"
+        plain = next(kind for kind, known in _MODULE_LAYOUTS if known is layout and isinstance(module, kind))
+        if type(module).forward is not plain.forward and not _is_plain_map(module):
+            return f"{type(module).__name__} does not apply its weight as {plain.__name__} does"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "the module has forward hooks"
+        return ""
+
+    def _function(self, node: fx.Node, layout: Layout) -> DenseOperator | None:
+        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+        source, weight, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
+        if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or ops.shape_of(weight) is None:
+            return None
+        refusal = ""
+        for part in (weight, bias):
+            if isinstance(part, fx.Node):
+                if part.op != "get_attr":
+                    refusal = "its weight is computed, not stored"
+                elif not isinstance(_fetch(self._gm, str(part.target)), torch.Tensor):
+                    refusal = "its weight is not a tensor"
+        groups = node.kwargs.get("groups", 1)
+        position = _GROUPS_POSITION.get(layout)
+        if position is not None and len(node.args) > position:
+            groups = node.args[position]
+        tensor = _fetch(self._gm, str(weight.target)) if weight.op == "get_attr" else None
+        tensor = (
+            tensor
+            if isinstance(tensor, torch.Tensor)
+            else torch.empty(ops.shape_of(weight) or (), device="meta")
+        )
+        bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
+        return self._build(node, layout, str(weight.target), bias_name, tensor, groups, source, refusal)
+
+    def _build(
+        self,
+        node: fx.Node,
+        layout: Layout,
+        weight: str,
+        bias: str | None,
+        tensor: torch.Tensor,
+        groups: Any,
+        source: fx.Node,
+        refusal: str,
+    ) -> DenseOperator:
+        count = groups if isinstance(groups, int) else 1
+        outer, inner = tensor.shape[0], tensor.shape[1]
+        if layout is Layout.CONV_TRANSPOSE:
+            out_channels, in_channels = inner * count, outer
+        else:
+            out_channels, in_channels = outer, inner * count
+        if not refusal and count != 1:
+            refusal = "it is grouped"
+        return DenseOperator(
+            node=node.name,
+            layout=layout,
+            read=weight,
+            write=weight,
+            bias=bias,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=count,
+            channel_dim=-1 if layout is Layout.LINEAR else 1,
+            data=(source.name,),
+            output=node.name,
+            refusal=refusal or self._tensor_refusal(tensor),
+        )
+
+    def _tensor_refusal(self, weight: torch.Tensor) -> str:
+        if self._owners[id(weight)] > 1:
+            return "its weight is used more than once"
+        if not weight.dtype.is_floating_point:
+            return f"its weight is {weight.dtype}"
+        if weight.is_meta:
+            return "its weight is on the meta device"
+        return ""
+
+    def _attention(self, node: fx.Node, module: nn.MultiheadAttention) -> DenseOperator | None:
+        arguments = dict(zip(("query", "key", "value"), node.args, strict=False)) | dict(node.kwargs)
+        sources = [arguments.get(name) for name in ("query", "key", "value")]
+        items = [u for u in node.users if ops.op_name(self._gm, u) == "getitem" and u.args[1] == 0]
+        if not all(isinstance(s, fx.Node) for s in sources) or len(items) != 1:
+            return None
+        path = f"{node.target}."
+        refusal = ""
+        if self._calls[str(node.target)] > 1:
+            refusal = "the module is called more than once"
+        elif module.in_proj_weight is None or "in_proj_weight" not in module._parameters:
+            refusal = "its projections are not packed"
+        elif not isinstance(module.out_proj.weight, nn.Parameter):
+            refusal = "its weight is parametrised"
+        return DenseOperator(
+            node=node.name,
+            layout=Layout.LINEAR,
+            read=f"{path}in_proj_weight",
+            write=f"{path}out_proj.weight",
+            bias=f"{path}out_proj.bias" if module.out_proj.bias is not None else None,
+            in_channels=module.embed_dim,
+            out_channels=module.embed_dim,
+            groups=1,
+            channel_dim=-1,
+            data=tuple(s.name for s in sources if isinstance(s, fx.Node)),
+            output=items[0].name,
+            refusal=refusal or self._tensor_refusal(module.out_proj.weight),
+        )
+
+
+def _is_plain_map(module: nn.Module) -> bool:
+    """Whether a subclass with a forward of its own still is linear in its input channels and in its weight.
+
+    Decided by running it: scaling and mixing the weight's channels must do what mixing the input's or output's does.
+    """
+    weight = getattr(module, "weight", None)
+    if (
+        not isinstance(module, nn.Conv2d)
+        or not isinstance(weight, nn.Parameter)
+        or module.groups != 1
+        or weight.is_meta
+    ):
+        return False
+    import copy
+
+    try:
+        probe = copy.deepcopy(module).double().eval()
+        generator = torch.Generator().manual_seed(0)
+        side = max(8, 4 * max(module.kernel_size))
+        x = torch.randn(1, module.in_channels, side, side, generator=generator, dtype=torch.float64)
+        mix = torch.randn(module.in_channels, module.in_channels, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            expected = probe(torch.einsum("pi,nihw->nphw", mix, x))
+            probe.weight.copy_(torch.einsum("ophw,pi->oihw", probe.weight, mix))
+            return bool(torch.allclose(probe(x), expected, rtol=1e-9, atol=1e-9))
+    except Exception:  # a module that cannot be probed is refused, with a reason, by the caller
+        return False

@@ -1,0 +1,346 @@
+"""Finds what can be cut out of a graph, and says why the rest cannot.
+
+Candidates are the joins of a network: nodes where two or more computed tensors meet. Let `n` be the immediate
+dominator of a join `j`. The nodes that `n` dominates and `j` post-dominates form a single-entry single-exit
+subgraph when no edge crosses its border. It is droppable
+
+1. as `identity` when a path from `n` to `j` consists of additions and identities alone: `j` becomes `n`;
+2. as `projection` when one operand of `j` is linear in `n`: `j` becomes that operand.
+
+3. `sequential` regions need no join: one operator with weights, and the normalisation and activation behind it,
+   whose output has the shape of its input.
+
+An activation that directly follows an identity join and leaves the entry's values alone (a ReLU, where the entry
+is itself a ReLU's output) belongs to the region: without it, every dropped block would leave a second ReLU behind.
+Consecutive identity regions whose joins were executed by one and the same module call, such as the two branches
+of a transformer layer, together form one more region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from torch import fx
+
+from fxprune.errors import GraphError, OptionError
+from fxprune.graph import operators as ops
+from fxprune.graph.border import Border
+from fxprune.graph.dominance import Dominance, flow_nodes
+from fxprune.graph.labels import Ignore, ignore_rule, label_of, with_unique_labels
+from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
+from fxprune.graph.shapes import has_shapes
+
+__all__ = ["discover"]
+
+
+def discover(
+    gm: fx.GraphModule,
+    *,
+    kinds: Iterable[str | Kind] = (Kind.IDENTITY,),
+    ignore: Ignore | Sequence[Ignore] = (),
+) -> Discovery:
+    """Finds every region that can be dropped from a graph.
+
+    Args:
+        gm: A graph module with shapes, as `fxprune.trace` returns it; it is only read.
+        kinds: Which kinds to accept: `identity`, `projection`, `sequential`.
+        ignore: What must stay: labels, glob patterns over labels and module paths, module types, or predicates over
+            a `Region`; one, or a sequence of them.
+
+    Returns:
+        Regions and rejections, both in graph order.
+
+    Raises:
+        GraphError: The graph has no shapes, or does not lint.
+        OptionError: A kind is unknown, or an entry of `ignore` matches nothing.
+    """
+    wanted = _kinds(kinds)
+    _check(gm)
+    search = _Search(gm)
+    found: list[Region] = []
+    refused: list[Rejection] = []
+    for candidate in search.candidates():
+        if isinstance(candidate, Rejection):
+            refused.append(candidate)
+        elif candidate.kind not in wanted:
+            if candidate.kind is not Kind.SEQUENTIAL:
+                refused.append(
+                    _refuse(candidate, Reason.KIND, f"a {candidate.kind.value} region; kinds has no such")
+                )
+        else:
+            found.append(candidate)
+    if Kind.IDENTITY in wanted:
+        found.extend(search.composites(found))
+    position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
+    found.sort(key=lambda r: (position[r.exit], position[r.entry], r.kind.value))
+    labelled = with_unique_labels(found)
+    kept = ignore_rule(gm, ignore, labelled)
+    refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r not in kept)
+    refused.sort(key=lambda r: position[r.exit])
+    return Discovery(tuple(kept), tuple(refused))
+
+
+def _kinds(kinds: Iterable[str | Kind]) -> frozenset[Kind]:
+    names = [kinds] if isinstance(kinds, (str, Kind)) else list(kinds)
+    known = {kind.value: kind for kind in Kind}
+    values = [name.value if isinstance(name, Kind) else name for name in names]
+    if not values or any(value not in known for value in values):
+        raise OptionError(f"kinds is {values}; choose from {sorted(known)}")
+    return frozenset(known[value] for value in values)
+
+
+def _check(gm: fx.GraphModule) -> None:
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        raise GraphError(f"the graph does not lint: {error}; mend it, or trace the network again") from error
+    if not has_shapes(gm):
+        raise GraphError(
+            "the graph has no shapes: give example inputs to fxprune.trace, or run fxprune.passes.PropagateShapes on it"
+        )
+
+
+def _refuse(region: Region, reason: Reason, detail: str) -> Rejection:
+    return Rejection(region.entry, region.exit, reason, (region.exit,), detail, region.label)
+
+
+class _Search:
+    """The walk over one graph; holds what its steps share."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.flow = flow_nodes(gm)
+        self.dominance = Dominance(self.flow)
+        self.border = Border(gm, self.flow, self.dominance)
+        self.join_of: dict[str, fx.Node] = {}
+
+    def candidates(self) -> Iterator[Region | Rejection]:
+        """Every join and every chain, as a region or as a rejection."""
+        for name, node in self.flow.items():
+            if node.op in ("placeholder", "output") or not self.dominance.is_live(name):
+                continue
+            operands = [source for source in node.all_input_nodes if source.name in self.flow]
+            if len(operands) > 1 or (ops.is_addition(self.gm, node) and _adds_itself(node)):
+                candidate = self._join(node, operands)
+                if candidate is not None:
+                    yield candidate
+            elif len(operands) == 1 and ops.owns_weights(self.gm, node):
+                chain = self._chain(node, operands[0])
+                if chain is not None:
+                    yield chain
+
+    def _join(self, join: fx.Node, operands: list[fx.Node]) -> Region | Rejection | None:
+        name = ops.op_name(self.gm, join)
+        additive = name in ("add", "sub")
+        if not additive and name not in ("cat", "mul"):
+            return None
+        entry_name = self.dominance.immediate(join.name)
+        label = ops.module_path(join) or join.name
+
+        def refuse(reason: Reason, detail: str, nodes: Sequence[str] = ()) -> Rejection:
+            return Rejection(entry_name or "", join.name, reason, tuple(nodes) or (join.name,), detail, label)
+
+        if entry_name is None:
+            return (
+                refuse(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
+                if additive
+                else None
+            )
+        entry = self.flow[entry_name]
+        if name == "cat":
+            return refuse(Reason.CONCATENATION, f"{join.name} concatenates {len(operands)} tensors")
+        if name == "mul":
+            gate = any(self._identity_path(operand, entry) for operand in operands)
+            return (
+                refuse(Reason.MULTIPLICATIVE, f"{join.name} multiplies its entry by a gate") if gate else None
+            )
+        if not (ops.is_floating(join) and all(ops.is_floating(operand) for operand in operands)):
+            return refuse(Reason.DTYPE, f"{join.name} does not add floating-point tensors")
+        shape = ops.shape_of(join)
+        if any(ops.shape_of(operand) != shape for operand in operands):
+            shapes = [ops.shape_of(operand) for operand in operands]
+            return refuse(Reason.BROADCAST, f"operands of shape {shapes}")
+        if len(operands) == 1:
+            return refuse(Reason.NO_OPERATOR, f"{join.name} adds a tensor to itself")
+        through = [operand for operand in operands if self._identity_path(operand, entry)]
+        if through and _scale(join, through[0]) == 1.0:
+            return self._identity(join, entry, refuse)
+        if through:
+            return refuse(Reason.SCALED, f"{join.name} scales its shortcut")
+        return self._projection(join, entry, operands, refuse)
+
+    def _identity_path(self, node: fx.Node, entry: fx.Node) -> bool:
+        """Whether additions and identities alone lead from `entry` to `node`."""
+        seen, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current is entry:
+                return True
+            if current in seen or current.name not in self.flow:
+                continue
+            seen.add(current)
+            if not self.dominance.dominates(entry.name, current.name):
+                continue
+            if ops.is_identity(self.gm, current):
+                stack.append(current.all_input_nodes[0])
+            elif ops.is_addition(self.gm, current) or ops.is_subtraction(self.gm, current):
+                stack.extend(
+                    operand
+                    for operand in current.all_input_nodes
+                    if ops.shape_of(operand) == ops.shape_of(current) and _scale(current, operand) == 1.0
+                )
+        return False
+
+    def _identity(
+        self, join: fx.Node, entry: fx.Node, refuse: Callable[..., Rejection]
+    ) -> Region | Rejection:
+        problem = _unlike(entry, join)
+        if problem is not None:
+            return refuse(*problem)
+        exit_ = self._absorb_activation(join, entry)
+        self.join_of[exit_.name] = join
+        return self._bounded(entry, exit_, entry, Kind.IDENTITY, refuse)
+
+    def _absorb_activation(self, join: fx.Node, entry: fx.Node) -> fx.Node:
+        node = join
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            clamp = ops.fixed_interval(self.gm, user) if user.name in self.flow else None
+            if clamp is not None:
+                low, high = ops.output_interval(self.gm, entry)
+                return user if clamp[0] <= low and high <= clamp[1] else join
+            if user.name not in self.flow or not ops.is_identity(self.gm, user):
+                return join
+            node = user
+        return join
+
+    def _projection(
+        self, join: fx.Node, entry: fx.Node, operands: list[fx.Node], refuse: Callable[..., Rejection]
+    ) -> Region | Rejection:
+        linear = [
+            (sum(ops.owns_weights(self.gm, n) for n in path), position, operand)
+            for position, operand in enumerate(operands)
+            if (path := self._linear_path(operand, entry)) is not None and _scale(join, operand) == 1.0
+        ]
+        if not linear:
+            return refuse(
+                Reason.NO_IDENTITY_PATH,
+                f"neither operand of {join.name} is an identity or a projection of {entry.name}",
+            )
+        shortcut = min(linear)[2]
+        return self._bounded(entry, join, shortcut, Kind.PROJECTION, refuse)
+
+    def _linear_path(self, node: fx.Node, entry: fx.Node) -> list[fx.Node] | None:
+        path = []
+        while node is not entry:
+            sources = [source for source in node.all_input_nodes if source.name in self.flow]
+            if len(sources) != 1 or not ops.is_linear(self.gm, node):
+                return None
+            path.append(node)
+            node = sources[0]
+        return path
+
+    def _bounded(
+        self, entry: fx.Node, exit_: fx.Node, bypass: fx.Node, kind: Kind, refuse: Callable[..., Rejection]
+    ) -> Region | Rejection:
+        body = self.border.body(entry, exit_)
+        crossing = self.border.crossing(entry, exit_, body)
+        if crossing is not None:
+            return refuse(*crossing)
+        dropped = self.border.dropped(body, exit_, bypass)
+        weighted = [node for node in dropped if ops.owns_weights(self.gm, node)]
+        if not weighted:
+            return refuse(Reason.NO_OPERATOR, "nothing with weights would disappear")
+        return Region(
+            entry=entry.name,
+            exit=exit_.name,
+            bypass=bypass.name,
+            body=tuple(node.name for node in body),
+            kind=kind,
+            label=label_of(weighted, self.join_of.get(exit_.name, exit_)),
+            modules=tuple(dict.fromkeys(ops.module_path(node) or node.name for node in weighted)),
+            shape=ops.shape_of(exit_) or (),
+            dtype=str(ops.tensor_meta(exit_).dtype),
+        )
+
+    def _chain(self, operator: fx.Node, source: fx.Node) -> Region | None:
+        """A sequential region that begins with `operator`; what has another shape is no candidate."""
+        last = operator
+        while len(last.users) == 1:
+            user = next(iter(last.users))
+            flows = [n for n in user.all_input_nodes if n.name in self.flow]
+            if user.name not in self.flow or len(flows) != 1 or not ops.is_elementwise(self.gm, user):
+                break
+            last = user
+        if len(source.users) != 1 or _unlike(source, last) is not None or not _has_map(self.gm, operator):
+            return None
+        found = self._bounded(source, last, source, Kind.SEQUENTIAL, lambda *a: _NOTHING)
+        return found if isinstance(found, Region) else None
+
+    def composites(self, regions: list[Region]) -> list[Region]:
+        """Runs of two or more consecutive identity regions whose joins one module call executed."""
+        joined = [r for r in regions if r.kind is Kind.IDENTITY and ops.scope_key(self.join_of[r.exit])]
+        by_scope: dict[str, list[Region]] = {}
+        for region in joined:
+            by_scope.setdefault(ops.scope_key(self.join_of[region.exit]), []).append(region)
+        found = []
+        for members in by_scope.values():
+            for run in self._runs(members):
+                entry, exit_ = self.flow[run[0].entry], self.flow[run[-1].exit]
+                whole = self._bounded(entry, exit_, entry, Kind.IDENTITY, lambda *a: _NOTHING)
+                if isinstance(whole, Region):
+                    found.append(whole)
+        return found
+
+    def _runs(self, members: list[Region]) -> Iterator[list[Region]]:
+        run: list[Region] = []
+        for region in members:
+            if run and self._follows(run[-1], region):
+                run.append(region)
+                continue
+            if len(run) > 1:
+                yield run
+            run = [region]
+        if len(run) > 1:
+            yield run
+
+    def _follows(self, first: Region, second: Region) -> bool:
+        node = self.flow[second.entry]
+        while node.name != first.exit and ops.is_identity(self.gm, node):
+            node = node.all_input_nodes[0]
+        return node.name == first.exit
+
+
+_NOTHING = Rejection("", "", Reason.NO_OPERATOR, (), "", "")
+
+
+def _adds_itself(node: fx.Node) -> bool:
+    return len(node.args) > 1 and node.args[0] is node.args[1]
+
+
+def _has_map(gm: fx.GraphModule, node: fx.Node) -> bool:
+    name = ops.op_name(gm, node)
+    return name in ops.CONVOLUTIONS or name == "linear"
+
+
+def _scale(join: fx.Node, operand: fx.Node) -> float:
+    """The factor by which an addition or subtraction scales an operand; 0 when it is not a plain number."""
+    alpha = join.kwargs.get("alpha", 1)
+    if len(join.args) > 2:
+        alpha = join.args[2]
+    if not isinstance(alpha, (int, float)):
+        return 0.0
+    name = str(getattr(join.target, "__name__", join.target))
+    sign = -1.0 if name.strip("_").startswith(("sub", "isub")) or ".sub" in name else 1.0
+    return float(alpha) * sign if len(join.args) > 1 and join.args[1] is operand else 1.0
+
+
+def _unlike(a: fx.Node, b: fx.Node) -> tuple[Reason, str] | None:
+    if (
+        not (ops.is_floating(a) and ops.is_floating(b))
+        or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype
+    ):
+        return Reason.DTYPE, f"{a.name} and {b.name} do not hold one floating-point type"
+    if ops.shape_of(a) != ops.shape_of(b):
+        return Reason.SHAPE, f"{a.name} has shape {ops.shape_of(a)}, {b.name} has {ops.shape_of(b)}"
+    return None

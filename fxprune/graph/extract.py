@@ -1,0 +1,68 @@
+"""Parts of a graph as graph modules of their own, which share modules and parameters with the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+__all__ = ["between", "descendants", "share"]
+
+
+def share(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with a graph of its own and the very same leaf modules and parameters."""
+    graph = fx.Graph()
+    val_map: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, val_map)
+    if output is not None:
+        graph.output(output)
+    copy = fx.GraphModule(gm, graph, type(gm).__name__)
+    names = {node: new.name for node, new in val_map.items()}
+    assert all(node.name == name for node, name in names.items())  # records speak of nodes by name
+    copy.graph._codegen = gm.graph._codegen
+    copy.meta = dict(gm.meta)
+    copy.recompile()
+    return copy
+
+
+def between(gm: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> fx.GraphModule:
+    """The part of a graph that computes some nodes from others.
+
+    Args:
+        gm: The whole.
+        inputs: Nodes that become placeholders, in this order; all placeholders of `gm` that are needed must be among
+            them.
+        outputs: Nodes whose values are returned, as a tuple.
+
+    Returns:
+        A module that shares its leaf modules and parameters with `gm`.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    needed: set[fx.Node] = set()
+    stack = [nodes[name] for name in outputs]
+    given = {nodes[name] for name in inputs}
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in given:
+                stack.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for name in inputs:
+        mapped[nodes[name]] = graph.placeholder(name)
+        mapped[nodes[name]].meta = dict(nodes[name].meta)
+    for node in gm.graph.nodes:
+        if node in needed and node not in given:
+            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+    graph.output(tuple(mapped[nodes[name]] for name in outputs))
+    return fx.GraphModule(gm, graph, "Part")
+
+
+def descendants(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
+    """The named nodes and everything computed from them."""
+    found = set(names)
+    for node in gm.graph.nodes:
+        if any(source.name in found for source in node.all_input_nodes):
+            found.add(node.name)
+    return found

@@ -1,0 +1,111 @@
+"""The names that users see and type: labels of regions, and what `ignore=` matches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import takewhile
+
+from torch import fx, nn
+
+from fxprune.errors import OptionError
+from fxprune.graph import operators as ops
+from fxprune.graph.regions import Kind, Region
+
+__all__ = ["Ignore", "ignore_rule", "label_of", "with_unique_labels"]
+
+Ignore = str | type[nn.Module] | Callable[[Region], bool]
+
+
+def label_of(nodes: Iterable[fx.Node], join: fx.Node) -> str:
+    """Longest common module path of some operators and of the forward that joins them; `first..last` without one."""
+    paths = list(dict.fromkeys(ops.module_path(node) or node.name for node in nodes))
+    around = [ops.module_path(join)] if join.op != "call_module" and ops.module_path(join) else []
+    return _common_path(paths + around) or _common_path(paths) or f"{paths[0]}..{paths[-1]}"
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    shared = takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*(path.split(".") for path in paths), strict=False)
+    )
+    return ".".join(parts[0] for parts in shared)
+
+
+def with_unique_labels(regions: Sequence[Region]) -> list[Region]:
+    """Appends `#1`, `#2` to labels that several regions share; one that contains all the others stays plain."""
+    taken: set[str] = set()
+    renamed: dict[int, str] = {}
+    identity_first = sorted(range(len(regions)), key=lambda i: regions[i].kind is not Kind.IDENTITY)
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i in identity_first:
+        groups.setdefault((regions[i].label, regions[i].kind is Kind.IDENTITY), []).append(i)
+    for (label, _), members in groups.items():
+        largest = max(members, key=lambda i: len(regions[i].body))
+        inside = set(regions[largest].body)
+        if label not in taken and all(inside.issuperset(regions[i].body) for i in members):
+            renamed[largest] = label
+            taken.add(label)
+        number = 0
+        for i in members:
+            while i not in renamed:
+                number += 1
+                name = f"{label}#{number}"
+                if name not in taken:
+                    renamed[i] = name
+                    taken.add(name)
+    return [replace(region, label=renamed[i]) for i, region in enumerate(regions)]
+
+
+def ignore_rule(
+    gm: fx.GraphModule, ignore: Ignore | Sequence[Ignore], regions: Sequence[Region]
+) -> list[Region]:
+    """The regions that no entry of `ignore` protects.
+
+    Args:
+        gm: The graph the regions belong to.
+        ignore: See `fxprune.discover`.
+        regions: Candidates with unique labels.
+
+    Raises:
+        OptionError: An entry matches none of them; the message lists the labels.
+    """
+    entries: Sequence[Ignore] = (
+        [ignore] if isinstance(ignore, str) or not isinstance(ignore, Sequence) else ignore
+    )
+    protected: set[str] = set()
+    for entry in entries:
+        matched = {region.label for region in regions if _matches(gm, entry, region)}
+        if not matched:
+            labels = ", ".join(region.label for region in regions) or "none"
+            raise OptionError(f"ignore entry {entry!r} matches no region; the regions are: {labels}")
+        protected |= matched
+    return [region for region in regions if region.label not in protected]
+
+
+def _matches(gm: fx.GraphModule, entry: Ignore, region: Region) -> bool:
+    if isinstance(entry, str):
+        names = (region.label, *region.modules)
+        return any(fnmatchcase(name, entry) or name.startswith(f"{entry}.") for name in names)
+    if isinstance(entry, type):
+        return _holds_type(gm, entry, region)
+    if callable(entry):
+        return bool(entry(region))
+    raise OptionError(f"ignore entry {entry!r} is neither a string, a module type nor a predicate")
+
+
+def _holds_type(gm: fx.GraphModule, kind: type[nn.Module], region: Region) -> bool:
+    """Whether the region calls a module of the type, or lies at or below one in the original module tree."""
+    base = region.label.partition("#")[0]
+    full_name = f"{kind.__module__}.{kind.__qualname__}"
+    body = set(region.body)
+    for node in gm.graph.nodes:
+        if node.name not in body:
+            continue
+        if isinstance(ops.module_of(gm, node), kind):
+            return True
+        for path, owner in (node.meta.get("nn_module_stack") or {}).values():
+            below = str(path) == base or str(path).startswith(f"{base}.")
+            if below and (owner == full_name or (isinstance(owner, type) and issubclass(owner, kind))):
+                return True
+    return False

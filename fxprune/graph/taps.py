@@ -1,0 +1,80 @@
+"""Where features are read: the node that mimicking compares."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxprune.errors import GraphError
+from fxprune.graph import operators as ops
+from fxprune.graph.dominance import Dominance, flow_nodes
+
+__all__ = ["find_tap"]
+
+_POOLS = ops.AVERAGE_POOLS | ops.MAX_POOLS
+
+
+def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:
+    """Finds the tap of a network.
+
+    1. The last spatial feature map before a global pooling that everything goes through (MiR, section 3.3);
+    2. else the input of the last linear layer that everything goes through;
+    3. else every floating-point output of the network.
+
+    Args:
+        gm: A graph with shapes.
+        name: A node, or the module path of its last call, that the user wants instead.
+
+    Returns:
+        Names of the nodes to compare.
+
+    Raises:
+        GraphError: `name` is not in the graph, or no output is a floating-point tensor.
+    """
+    flow = flow_nodes(gm)
+    if name is not None:
+        return (_named(flow, name),)
+    dominance = Dominance(flow)
+    output = next(reversed(flow))
+    through = [node for n, node in flow.items() if n != output and dominance.dominates(n, output)]
+    for node in reversed(through):
+        if _pools_globally(gm, node):
+            return (node.all_input_nodes[0].name,)
+    for node in reversed(through):
+        if ops.op_name(gm, node) == "linear":
+            return (node.all_input_nodes[0].name,)
+    outputs = tuple(n.name for n in flow[output].all_input_nodes if n.name in flow and ops.is_floating(n))
+    if not outputs:
+        raise GraphError("no output of the network is a floating-point tensor; name a tap")
+    return outputs
+
+
+def _named(flow: dict[str, fx.Node], name: str) -> str:
+    if name in flow:
+        return name
+    calls = [n for n, node in flow.items() if node.op == "call_module" and str(node.target) == name]
+    if not calls:
+        raise GraphError(
+            f"tap {name!r} is neither a node nor a module of the graph; its last nodes are {list(flow)[-6:-1]}"
+        )
+    return calls[-1]
+
+
+def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a pooling or mean reduces all spatial dimensions of one feature map to one position."""
+    if ops.op_name(gm, node) not in _POOLS or not node.all_input_nodes:
+        return False
+    before, after = ops.shape_of(node.all_input_nodes[0]), ops.shape_of(node)
+    if before is None or after is None or len(before) < 3:
+        return False
+    elements = 1
+    for size in after[1:]:
+        elements *= size
+    channels = before[1] if len(before) > 3 or elements == before[1] else before[-1]
+    return elements in (channels, before[-1]) and _size(before) > _size(after)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape[1:]:
+        size *= extent
+    return size

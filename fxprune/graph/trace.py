@@ -1,0 +1,193 @@
+"""From a network to an FX graph with shapes, through either of torch's two front ends."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import OptionError, TraceError
+from fxprune.graph.shapes import propagate_shapes
+
+__all__ = ["FrontEnd", "split_inputs", "trace"]
+
+FrontEnd = Literal["auto", "fx", "export"]
+TORCH_ROOT = str(Path(torch.__file__).parent)
+
+
+def _timm_registry() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
+    try:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+    except ImportError:
+        return (), ()
+    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+class _Tracer(fx.Tracer):
+    """Keeps as leaves what torch does, and what timm registers as untraceable when it is installed."""
+
+    def __init__(self) -> None:
+        modules, functions = _timm_registry()
+        super().__init__(autowrap_functions=functions)
+        self._leaves = modules
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__.startswith("torchvision."):
+            return True
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Reads example inputs as call arguments: a tensor, a tuple of positional ones, or a dict of keyword ones."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _user_statement(tb: TracebackType | None) -> str:
+    """The innermost statement outside torch, as `file:line: source`."""
+    for frame in reversed(traceback.extract_tb(tb)):
+        if (
+            not frame.filename.startswith(TORCH_ROOT)
+            and "<" not in frame.filename
+            and frame.filename != __file__
+        ):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "a statement that torch does not name"
+
+
+def _symbolic(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+    graph = _Tracer().trace(model, _unused_defaults(model, args, kwargs))
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _unused_defaults(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Optional arguments that the examples leave out keep their defaults instead of becoming inputs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    left = [
+        p
+        for i, p in enumerate(parameters)
+        if i >= len(args) and p.name not in kwargs and p.default is not inspect.Parameter.empty
+    ]
+    return {p.name: p.default for p in left} if (args or kwargs) and left else None
+
+
+def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    module = program.module()
+    if not isinstance(module, fx.GraphModule):
+        raise TraceError(f"the exported program yields a {type(module).__name__}, not a GraphModule")
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    if not args and not kwargs:
+        raise TraceError("torch.export needs example inputs; give `example_inputs`")
+    doubled_args, doubled_kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, (args, kwargs)
+    )
+    spec = pytree.tree_map_only(
+        torch.Tensor, lambda t: {0: torch.export.Dim.AUTO} if t.dim() else {}, (doubled_args, doubled_kwargs)
+    )
+    names = list(inspect.signature(model.forward).parameters)
+    shapes = {**dict(zip(names, spec[0], strict=False)), **spec[1]}
+    try:
+        program = torch.export.export(model, doubled_args, doubled_kwargs, dynamic_shapes=shapes)
+    except Exception:  # a network that fixes its batch size still traces, with that size
+        program = torch.export.export(model, args, kwargs)
+    return _from_program(program)
+
+
+def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
+    lines = [f"{type(model).__name__} cannot be traced:"]
+    for front_end, error in failures.items():
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines.append(f"  torch.{front_end}: {reason}\n    at {_user_statement(error.__traceback__)}")
+    lines.append(
+        "Rewrite that statement without control flow on tensor values, mark the function with torch.fx.wrap, or "
+        "compress a part of the model with submodule='path.of.a.traceable.part'."
+    )
+    return TraceError("\n".join(lines))
+
+
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    front_end: FrontEnd = "auto",
+) -> fx.GraphModule:
+    """Captures a network as an FX graph of its evaluation mode, with shapes on every node.
+
+    The result shares no parameter with the model, which stays as it was.
+
+    Args:
+        model: A module, a graph module, or an exported program.
+        example_inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments); dimension 0 is the
+            batch. Without them an FX trace has no shapes, and discovery will ask for them.
+        front_end: `fx` traces symbolically, `export` uses `torch.export`, `auto` tries them in this order.
+
+    Returns:
+        A graph module in evaluation mode.
+
+    Raises:
+        OptionError: `front_end` is unknown.
+        TraceError: The network cannot be captured; the message names the statement in its code, and the way out.
+        GraphError: The network does not run on the example inputs.
+    """
+    if front_end not in ("auto", "fx", "export"):
+        raise OptionError(f"front_end is {front_end!r}; it must be 'auto', 'fx' or 'export'")
+    args, kwargs = split_inputs(example_inputs)
+    gm = _capture(model, args, kwargs, front_end)
+    for module in gm.modules():
+        module.training = False  # exported modules refuse .eval(): their graph is in evaluation mode already
+    if args or kwargs:
+        propagate_shapes(gm, args, kwargs)
+    return gm
+
+
+def _capture(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], front_end: FrontEnd
+) -> fx.GraphModule:
+    if isinstance(model, torch.export.ExportedProgram):
+        return copy.deepcopy(_from_program(model))
+    if isinstance(model, fx.GraphModule) and front_end != "export":
+        return copy.deepcopy(model)
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
+        )
+    try:
+        private = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
+        ) from error
+    failures: dict[str, BaseException] = {}
+    routes: dict[str, Callable[[], fx.GraphModule]] = {
+        "fx": lambda: _symbolic(private, args, kwargs),
+        "export": lambda: _exported(private, args, kwargs),
+    }
+    for name, route in routes.items():
+        if front_end in ("auto", name):
+            try:
+                return route()
+            except Exception as error:  # any failure of a front end is a refusal to report
+                failures[name] = error
+    raise _refuse(model, failures) from next(iter(failures.values()))

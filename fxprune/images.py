@@ -1,0 +1,170 @@
+"""A folder of photographs as calibration images: drawn, decoded once, normalised batch by batch."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fxprune.errors import OptionError, SourceError
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "SUFFIXES", "ImageBatches", "load_images"]
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+"""Endings of the files that count as images, in lower case."""
+
+
+class ImageBatches:
+    """Images of one size; can be iterated again and again.
+
+    Kept as bytes, a quarter of what the network is given, and normalised batch by batch.
+
+    Args:
+        pixels: uint8 [N, 3, size, size].
+        paths: The files they came from.
+        unreadable: Files that were skipped, each with the reason.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        batch_size: Images in a batch.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        paths: Sequence[Path],
+        unreadable: Sequence[str],
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        batch_size: int = 50,
+    ) -> None:
+        self.paths = tuple(paths)
+        self.unreadable = tuple(unreadable)
+        self._pixels = pixels
+        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(std).view(1, 3, 1, 1)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.paths), self._batch_size):
+            pixels = self._pixels[start : start + self._batch_size]
+            yield (pixels.float() / 255 - self._mean) / self._std
+
+
+def load_images(
+    folder: str | Path,
+    *,
+    size: int = 224,
+    resize: int | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    limit: int = 500,
+    seed: int = 0,
+    batch_size: int = 50,
+    progress: bool = False,
+) -> ImageBatches:
+    """Draw images from a folder, nested or flat, and prepare them as for evaluation on ImageNet.
+
+    Each is converted to RGB, its shorter side resized to `resize`, the centre cropped to `size`, scaled to
+    [0, 1] and normalised. A file that cannot be decoded is logged, listed in `unreadable`, and another one
+    drawn in its place.
+
+    Args:
+        folder: Searched with all folders below it; hidden files are left out, folder names (labels) not used.
+        size: Height and width in pixels.
+        resize: Shorter side before the crop; by default `round(size * 256 / 224)`.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        limit: Images to draw, or all if there are fewer.
+        seed: Fixes the draw.
+        batch_size: Images in a batch.
+        progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        OptionError: A number is out of range.
+        SourceError: The folder is missing, or holds no image that can be read.
+    """
+    resize = round(size * 256 / 224) if resize is None else resize
+    _check_options(size, resize, mean, std, limit, batch_size)
+    candidates = _image_files(Path(folder))
+    random.Random(seed).shuffle(candidates)
+    images: list[Tensor] = []
+    paths: list[Path] = []
+    unreadable: list[str] = []
+    wanted = min(limit, len(candidates))
+    with tqdm(total=wanted, desc="reading images", unit="image", disable=not progress, leave=False) as bar:
+        for path in candidates:
+            if len(images) == limit:
+                break
+            try:
+                images.append(_decode(path, resize, size))
+            except Exception as error:  # decoders raise whatever a damaged file leads them into
+                logger.warning("Skipped %s: it cannot be read as an image (%s).", path, error)
+                unreadable.append(f"{path}: {error}")
+                continue
+            paths.append(path)
+            bar.update()
+    if not images:
+        raise SourceError(
+            f"None of the {len(unreadable)} image files in {folder} can be read, for instance "
+            f"{unreadable[0]}."
+        )
+    logger.info("Read %d of %d images in %s.", len(paths), len(candidates), folder)
+    pixels = torch.stack(images)
+    return ImageBatches(pixels, paths, unreadable, mean=mean, std=std, batch_size=batch_size)
+
+
+def _check_options(
+    size: int, resize: int, mean: Sequence[float], std: Sequence[float], limit: int, batch_size: int
+) -> None:
+    for name, value in (("size", size), ("limit", limit), ("batch_size", batch_size)):
+        if value < 1:
+            raise OptionError(f"{name} is {value}: give 1 or more.")
+    if resize < size:
+        raise OptionError(f"resize is {resize}, below the crop of {size} pixels: give at least {size}.")
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise OptionError(
+            f"mean is {tuple(mean)} and std {tuple(std)}: give three numbers each, for red, green and blue, "
+            "and standard deviations above 0."
+        )
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise SourceError(f"The image folder {folder} {kind}: give a folder of {', '.join(SUFFIXES)} files.")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not files:
+        raise SourceError(f"The folder {folder} holds no image: files must end in {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _decode(path: Path, resize: int, size: int) -> Tensor:
+    """One image as uint8 [3, size, size]; rounds as torchvision's `Resize` and `CenterCrop` do."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    width, height = image.size
+    shorter = min(width, height)
+    scaled = (int(resize * width / shorter), int(resize * height / shorter))
+    image = image.resize(scaled, Image.Resampling.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

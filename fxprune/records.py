@@ -1,0 +1,103 @@
+"""What was measured: immutable records, each able to say on what machine part and with which spread.
+
+They lie below every layer because scoring, timing and reporting all speak them. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Interval", "Latency", "LatencyComparison", "NotMeasured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A confidence interval.
+
+    Attributes:
+        low: Lower bound.
+        high: Upper bound.
+        level: Coverage, for instance 0.95.
+    """
+
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    @property
+    def width(self) -> float:
+        """Distance between the bounds."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """The time of one forward call.
+
+    Attributes:
+        backend: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        device: The device as its driver names it.
+        batch_shape: Shape of the (first) input.
+        threads: Intra-operator threads, 0 where it does not apply.
+        median_s: Median over `runs`, in seconds.
+        p95_s: 95th percentile, in seconds.
+        iqr_s: Interquartile range, in seconds.
+        runs: Timed calls, warm-up excluded.
+    """
+
+    backend: str
+    device: str
+    batch_shape: tuple[int, ...]
+    threads: int
+    median_s: float
+    p95_s: float
+    iqr_s: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyComparison:
+    """Two networks timed alternately in one process.
+
+    Attributes:
+        before: The reference.
+        after: The candidate.
+        ratio: Median over the pairs of `after / before`; below 1 means faster.
+        interval: Bootstrap interval of that median.
+    """
+
+    before: Latency
+    after: Latency
+    ratio: float
+    interval: Interval
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds saved per call: `before.median_s * (1 - ratio)`, so that drift cancels within pairs."""
+        return self.before.median_s * (1.0 - self.ratio)
+
+    @property
+    def saving(self) -> float:
+        """Relative latency saved, PRACTISE eq. 2: `(before - after) / before`."""
+        return 1.0 - self.ratio
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the candidate is faster beyond the noise: the whole interval lies below 1."""
+        return self.interval.high < 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """A figure that could not be had on this machine, and why; never replaced by another device's.
+
+    Attributes:
+        backend: The backend that was asked for.
+        reason: What was missing, in words.
+    """
+
+    backend: str
+    reason: str

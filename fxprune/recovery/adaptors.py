@@ -1,0 +1,113 @@
+"""Fitting the adaptors of a candidate: the network without some regions, with 1x1 maps beside the cut.
+
+A candidate shares every weight with the original; only its adaptors are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.graph.extract import share
+from fxprune.graph.placement import find_sites
+from fxprune.graph.regions import AdaptorSite, Region
+from fxprune.options import FitSettings
+from fxprune.passes import Adaptor, DropRegions, InsertAdaptors
+from fxprune.recovery.calibration import CalibrationSet
+from fxprune.recovery.mimic import FeatureReader, fit_features, mean_feature_loss, surviving_tap
+
+__all__ = ["AdaptorFit", "Candidate", "fit_end_to_end"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptorFit:
+    """What fitting the adaptors of one set of regions gave.
+
+    Attributes:
+        maps: The adaptor of each site, `[channels, channels]`.
+        loss: Recovery loss: mean squared error at the tap over the calibration images (PRACTISE, eq. 1).
+        loss_before: The same with the adaptors at identity: the distance that the bare cut causes.
+    """
+
+    maps: Mapping[AdaptorSite, Tensor]
+    loss: float
+    loss_before: float
+
+
+class Candidate:
+    """The network without some regions, adaptors in place.
+
+    Args:
+        gm: The original, with shapes; it is shared, not changed.
+        regions: What to drop.
+        tap: Where features are read in the original.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], tap: Sequence[str]) -> None:
+        self.regions = tuple(regions)
+        self.placement = find_sites(gm, self.regions)
+        self.graph = share(gm)
+        DropRegions(self.regions)(self.graph)
+        InsertAdaptors(self.placement.sites)(self.graph)
+        self.tap = surviving_tap(tap, self.regions)
+        self.adaptors = {m.site: m for m in self.graph.modules() if isinstance(m, Adaptor)}
+
+    def adaptor_nodes(self) -> list[str]:
+        """Names of the adaptors' nodes, in graph order."""
+        targets = {name for name, m in self.graph.named_modules() if isinstance(m, Adaptor)}
+        return [n.name for n in self.graph.graph.nodes if n.op == "call_module" and str(n.target) in targets]
+
+    def maps(self) -> dict[AdaptorSite, Tensor]:
+        """The adaptors' weights as they stand."""
+        return {site: adaptor.weight.detach().clone() for site, adaptor in self.adaptors.items()}
+
+
+def fit_end_to_end(
+    gm: fx.GraphModule,
+    regions: Sequence[Region],
+    tap: Sequence[str],
+    calibration: CalibrationSet,
+    settings: FitSettings,
+    *,
+    device: str,
+    seed: int,
+    progress: bool = False,
+) -> AdaptorFit:
+    """Fits adaptors as PRACTISE does: the whole network forward and back at every step.
+
+    Args:
+        gm: The original, frozen.
+        regions: What to drop.
+        tap: Where features are compared.
+        calibration: The images.
+        settings: Of the fit.
+        device: Where `gm` is.
+        seed: Of order and augmentation.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        The fitted maps and the losses.
+    """
+    candidate = Candidate(gm, regions, tap)
+    teacher, student = FeatureReader(gm, tap), FeatureReader(candidate.graph, candidate.tap)
+    before = mean_feature_loss(teacher, student, calibration, device=device)
+    parameters = [adaptor.weight for adaptor in candidate.adaptors.values()]
+    if parameters and settings.iterations:
+        title = ", ".join(region.label for region in regions)
+        fit_features(
+            teacher,
+            student,
+            parameters,
+            calibration,
+            settings,
+            device=device,
+            seed=seed,
+            progress=progress,
+            title=title,
+        )
+    with torch.no_grad():
+        after = mean_feature_loss(teacher, student, calibration, device=device)
+    return AdaptorFit(candidate.maps(), after, before)

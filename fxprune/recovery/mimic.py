@@ -1,0 +1,215 @@
+"""Feature mimicking: a student learns the teacher's features at the tap (MiR, eq. 5; PRACTISE, eq. 1 and 4)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from fxprune.errors import CalibrationError
+from fxprune.graph.extract import between
+from fxprune.graph.operators import op_name
+from fxprune.graph.regions import Region
+from fxprune.graph.shapes import bind
+from fxprune.options import FitSettings
+from fxprune.recovery.augment import default_augmentation
+from fxprune.recovery.calibration import CalibrationSet
+from fxprune.recovery.inputs import Inputs
+
+__all__ = [
+    "FeatureReader",
+    "feature_loss",
+    "fit_features",
+    "mean_feature_loss",
+    "optimise",
+    "surviving_tap",
+    "trainable_parameters",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
+    """The nodes that hold the tap's values once some regions are dropped."""
+    bypass = {region.exit: region.bypass for region in regions}
+
+    def follow(name: str) -> str:
+        while name in bypass:
+            name = bypass[name]
+        return name
+
+    return tuple(follow(name) for name in tap)
+
+
+class FeatureReader:
+    """Runs a network up to its tap.
+
+    Args:
+        gm: The network; the reader shares its modules.
+        tap: Nodes whose values are the features.
+    """
+
+    def __init__(self, gm: fx.GraphModule, tap: Sequence[str]) -> None:
+        self._gm = gm
+        self._placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        self.part = between(gm, self._placeholders, list(tap))
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Features of a batch, one tensor for each node of the tap."""
+        values = bind(self._gm, inputs.args, inputs.kwargs)
+        features: tuple[Tensor, ...] = self.part(*values)
+        return features
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error over all elements of all features, in float32 or wider."""
+    errors = [nn.functional.mse_loss(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(errors).sum() / sum(t.numel() for t in teacher)
+
+
+def trainable_parameters(part: fx.GraphModule) -> list[nn.Parameter]:
+    """Parameters that a part computes with once; those with several call sites stay as they are."""
+    calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
+    uses: Counter[int] = Counter()
+    found: dict[int, nn.Parameter] = {}
+    for target, count in calls.items():
+        for parameter in part.get_submodule(target).parameters():
+            uses[id(parameter)] += count
+            found[id(parameter)] = parameter
+    for node in part.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(part.get_submodule(owner), name, None)
+        if isinstance(value, nn.Parameter):
+            uses[id(value)] += len(node.users)
+            found[id(value)] = value
+    return [p for key, p in found.items() if uses[key] == 1 and p.is_floating_point()]
+
+
+@contextmanager
+def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
+    """Lets batch norms that are called once normalise by the batch, while the fit lasts."""
+    calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
+    norms = [
+        module
+        for name, module in part.named_modules()
+        if isinstance(module, _BatchNorm) and calls[name] == 1 and module.track_running_stats
+    ]
+    if mode == "train" and any(
+        n.op == "call_function" and op_name(part, n) == "batch_norm" for n in part.graph.nodes
+    ):
+        logger.warning("batch norms of an exported graph stay in evaluation mode during recovery")
+    try:
+        for norm in norms:
+            norm.train(mode == "train")
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def optimise(
+    parameters: Sequence[nn.Parameter], losses: Iterable[Tensor], settings: FitSettings, *, where: str
+) -> None:
+    """Steps through an iterable of losses, each computed lazily with the parameters of that moment.
+
+    Raises:
+        CalibrationError: The loss became infinite or NaN.
+    """
+    optimizer = _optimizer(parameters, settings)
+    for iteration, loss in enumerate(losses):
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError(
+                f"the mimicking loss of {where} is {loss.item()} at iteration {iteration}; the images or the "
+                f"weights are out of range, or a learning rate of {settings.learning_rate} is too high"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(iteration)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+
+
+def fit_features(
+    teacher: FeatureReader,
+    student: FeatureReader,
+    parameters: Sequence[nn.Parameter],
+    calibration: CalibrationSet,
+    settings: FitSettings,
+    *,
+    device: str,
+    seed: int,
+    progress: bool = False,
+    title: str = "mimicking",
+) -> None:
+    """Trains some of the student's parameters until its features are the teacher's.
+
+    The teacher is frozen and in evaluation mode. What lies behind the tap, the classifier, is not run at all.
+
+    Args:
+        teacher: Reader of the original network.
+        student: Reader of the network to train.
+        parameters: What to train; everything else stays.
+        calibration: The images.
+        settings: Optimiser, iterations, augmentation, mode of the batch norms.
+        device: Where both networks are.
+        seed: Of order and augmentation.
+        progress: Whether to draw a progress bar.
+        title: Of the bar, and in errors.
+
+    Raises:
+        CalibrationError: The loss became infinite or NaN.
+    """
+    augment = default_augmentation if settings.augment else None
+    batches = calibration.stream(settings.batch_size, settings.iterations, seed, augment)
+    bar = tqdm(batches, total=settings.iterations, desc=title, disable=not progress, leave=False)
+
+    def losses() -> Iterator[Tensor]:
+        for batch in bar:
+            inputs = batch.to(device)
+            with torch.no_grad():
+                wanted = teacher(inputs)
+            yield feature_loss(student(inputs), wanted)
+
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with _batch_norm_mode(student.part, settings.batch_norm), torch.enable_grad():
+            optimise(parameters, losses(), settings, where=title)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@torch.no_grad()
+def mean_feature_loss(
+    teacher: FeatureReader,
+    student: FeatureReader,
+    calibration: CalibrationSet,
+    *,
+    device: str,
+    batch_size: int = 64,
+) -> float:
+    """`feature_loss` over all calibration images, without augmentation."""
+    total, elements = 0.0, 0
+    for batch in calibration.batches(batch_size):
+        inputs = batch.to(device)
+        wanted = teacher(inputs)
+        count = sum(t.numel() for t in wanted)
+        total += float(feature_loss(student(inputs), wanted)) * count
+        elements += count
+    return total / elements

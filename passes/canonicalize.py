@@ -1,0 +1,48 @@
+"""Removes what computes nothing."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.passes.base import FxPass
+
+__all__ = ["Canonicalize"]
+
+
+class Canonicalize(FxPass):
+    """Removes (1) calls of `nn.Identity` and (2) nodes whose value nobody reads.
+
+    ```
+    x ── Identity ── conv          x ── conv
+    x ── shape (unused)      =>
+    ```
+
+    Placeholders, outputs and in-place operators stay, whoever reads them.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Removes both kinds of node."""
+        graph = graph_module.graph
+        modified = False
+        for node in list(graph.nodes):  # case 1
+            if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is nn.Identity:
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.erase_node(node)
+                modified = True
+        modified |= graph.eliminate_dead_code(_is_impure)  # case 2
+        if modified:
+            graph_module.delete_all_unused_submodules()
+        return PassResult(graph_module, modified)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody reads it: it may change something else."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is None or bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    return node.is_impure() or str(getattr(node.target, "__name__", "")).startswith(("i", "_assert"))

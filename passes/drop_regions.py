@@ -1,0 +1,106 @@
+"""Cuts regions out of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.errors import GraphError, PreconditionError
+from fxprune.graph import operators as ops
+from fxprune.graph.regions import Region
+from fxprune.passes.base import FxPass
+
+__all__ = ["DropRegions"]
+
+_DROPPED = "fxprune_dropped"
+
+
+class DropRegions(FxPass):
+    """Replaces each region's exit by its bypass and removes what nobody reads any more.
+
+    ```
+    entry ─┬─ conv ─ bn ─ relu ─ conv ─ bn ─ add ─ relu ─ next          entry ─ next
+           └──────────────────────────────────┘                  =>
+    ```
+
+    1. The exit's users read the bypass instead.
+    2. Where one of them changes its input in place and the bypass is read elsewhere too, they read a clone: the exit
+       was a tensor of its own.
+
+    Args:
+        regions: Regions of the graph that the pass is given; no two may overlap.
+
+    Raises:
+        PreconditionError: Two regions overlap.
+    """
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions = tuple(regions)
+        for i, first in enumerate(self._regions):
+            for second in self._regions[:i]:
+                if first.overlaps(second):
+                    raise PreconditionError(
+                        f"regions {second.label} and {first.label} overlap; drop one of them"
+                    )
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every region must lie in this graph, or have been dropped from it already."""
+        names = {node.name for node in graph_module.graph.nodes}
+        for region in self._pending(graph_module):
+            missing = [n for n in (region.entry, region.bypass, *region.body) if n not in names]
+            if missing:
+                raise GraphError(
+                    f"region {region.label} names nodes that this graph does not hold ({', '.join(missing[:4])}); "
+                    "discover the regions on this very graph",
+                    nodes=missing,
+                )
+
+    def _pending(self, graph_module: fx.GraphModule) -> list[Region]:
+        done = graph_module.meta.get(_DROPPED, frozenset())
+        return [region for region in self._regions if (region.label, region.exit) not in done]
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Drops every region that is still there."""
+        pending = self._pending(graph_module)
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        for region in pending:
+            _drop(graph_module, region, nodes)
+        if pending:
+            done = graph_module.meta.get(_DROPPED, frozenset())
+            graph_module.meta[_DROPPED] = done | {(region.label, region.exit) for region in pending}
+            graph_module.delete_all_unused_submodules()
+        return PassResult(graph_module, bool(pending))
+
+
+def _drop(gm: fx.GraphModule, region: Region, nodes: dict[str, fx.Node]) -> None:
+    exit_, bypass = nodes[region.exit], nodes[region.bypass]
+    body = {nodes[name] for name in region.body}
+    outside = [user for user in bypass.users if user not in body]
+    stand_in = bypass
+    if (outside or bypass.op in ("placeholder", "get_attr")) and (  # case 2
+        _changes(gm, exit_, exit_.users) or _changes(gm, bypass, outside)
+    ):
+        with gm.graph.inserting_after(exit_):
+            stand_in = gm.graph.call_method("clone", (bypass,))
+        stand_in.meta = dict(exit_.meta)
+        nodes[stand_in.name] = stand_in
+    exit_.replace_all_uses_with(stand_in)  # case 1
+    for name in reversed(region.body):
+        if not nodes[name].users:
+            gm.graph.erase_node(nodes[name])
+            if region.exit == name:
+                nodes[name] = stand_in  # a region that begins where this one ended now begins at the stand-in
+
+
+def _changes(gm: fx.GraphModule, tensor: fx.Node, users: Sequence[fx.Node] | dict[fx.Node, None]) -> bool:
+    """Whether one of the users changes the tensor in place, directly or through a view."""
+    for user in users:
+        if ops.mutated_input(gm, user) is tensor:
+            return True
+        if (ops.is_identity(gm, user) or ops.op_name(gm, user) in ops.LAYOUT) and _changes(
+            gm, user, user.users
+        ):
+            return True
+    return False

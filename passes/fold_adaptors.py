@@ -1,0 +1,80 @@
+"""Folds adaptors into the operators beside them, so that nothing of them remains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.errors import FoldError
+from fxprune.graph.algebra import fold_bias_post, fold_post, fold_pre
+from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.regions import Side
+from fxprune.passes.base import FxPass
+from fxprune.passes.insert_adaptors import Adaptor
+
+__all__ = ["FoldAdaptors"]
+
+
+class FoldAdaptors(FxPass):
+    """Multiplies every adaptor into its operator's weight, in float64, and removes it.
+
+    ```
+    conv(W, b) ── adaptor(A)   =>   conv(A W, A b)
+    adaptor(A) ── conv(W, b)   =>   conv(W A, b)
+    ```
+
+    The weights of the operators change in place; see `fxprune.graph.algebra` for the formulas.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Folds all adaptors."""
+        graph = graph_module.graph
+        adaptors: list[Adaptor] = []
+        for node in list(graph.nodes):
+            module = _module(graph_module, node)
+            if isinstance(module, Adaptor):
+                adaptors.append(module)
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.erase_node(node)
+                graph_module.delete_submodule(str(node.target))
+        index = OperatorIndex(graph_module)  # with the adaptors gone, operators see their plain neighbours
+        for adaptor in adaptors:
+            _fold(graph_module, index, adaptor)
+        return PassResult(graph_module, bool(adaptors))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """No adaptor is left."""
+        left = [m.site.operator for m in graph_module.modules() if isinstance(m, Adaptor)]
+        if left:
+            raise FoldError(f"adaptors remain at {', '.join(left)}", nodes=left)
+
+
+def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _parameter(gm: fx.GraphModule, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    value: Tensor = getattr(gm.get_submodule(owner), attribute)
+    return value
+
+
+@torch.no_grad()
+def _fold(gm: fx.GraphModule, index: OperatorIndex, adaptor: Adaptor) -> None:
+    site = adaptor.site
+    operator = index.get(site.operator)
+    if operator is None:
+        raise FoldError(
+            f"the operator {site.operator} that an adaptor belongs to is gone; fold before rewriting its neighbours",
+            nodes=[site.operator],
+        )
+    map_ = adaptor.weight.double()
+    weight = _parameter(gm, operator.read if site.side is Side.PRE else operator.write)
+    if site.side is Side.PRE:
+        weight.copy_(fold_pre(weight.double(), map_, operator.layout))
+        return
+    weight.copy_(fold_post(weight.double(), map_, operator.layout))
+    if operator.bias is not None:
+        bias = _parameter(gm, operator.bias)
+        bias.copy_(fold_bias_post(bias.double(), map_))

@@ -1,0 +1,114 @@
+"""Inserts 1x1 adaptors beside dense operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn import functional as F  # noqa: N812  (torch's own convention)
+
+from fxprune.errors import GraphError, PreconditionError
+from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.regions import AdaptorSite, Side
+from fxprune.passes.base import FxPass
+
+__all__ = ["Adaptor", "InsertAdaptors"]
+
+
+class Adaptor(nn.Module):
+    """A square map over channels, without a bias by type, because a bias in front of zero padding would not fold.
+
+    Begins as the identity, which leaves every value as it was, to the bit.
+
+    Args:
+        site: Where it stands.
+
+    Attributes:
+        weight: `[channels, channels]`.
+    """
+
+    def __init__(self, site: AdaptorSite) -> None:
+        super().__init__()
+        self.site = site
+        self.weight = nn.Parameter(torch.eye(site.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps the channels of `x`: dimension 1 beside convolutions, the last one beside linear layers."""
+        if self.site.channel_dim == -1:
+            return F.linear(x, self.weight)
+        kernel = self.weight[(...,) + (None,) * (x.dim() - 2)]
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x, kernel)
+
+    def extra_repr(self) -> str:
+        """Shows the site."""
+        return f"{self.site.operator}, {self.site.side.value}, channels={self.site.channels}"
+
+
+class InsertAdaptors(FxPass):
+    """Puts an identity adaptor at each site.
+
+    ```
+    PRE:    x ── conv            x ── adaptor ── conv
+    POST:   conv ── bn     =>    conv ── adaptor ── bn
+    ```
+
+    Args:
+        sites: From `fxprune.graph.placement.find_sites`; sites that hold an adaptor already are left alone.
+    """
+
+    def __init__(self, sites: Sequence[AdaptorSite]) -> None:
+        self._sites = tuple(sites)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every site's operator must be in the graph and able to absorb an adaptor."""
+        index = OperatorIndex(graph_module)
+        for site in self._sites:
+            operator = index.get(site.operator)
+            if operator is None:
+                raise GraphError(
+                    f"site {site.operator} ({site.side.value}) is no dense operator of this graph; find the sites on "
+                    "this very graph",
+                    nodes=[site.operator],
+                )
+            width = operator.in_channels if site.side is Side.PRE else operator.out_channels
+            if operator.refusal or width != site.channels:
+                reason = operator.refusal or f"it has {width} channels, not {site.channels}"
+                raise PreconditionError(
+                    f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator]
+                )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Inserts what is missing."""
+        present = {m.site for m in graph_module.modules() if isinstance(m, Adaptor)}
+        missing = [site for site in self._sites if site not in present]
+        index = OperatorIndex(graph_module)
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        for site in missing:
+            _insert(graph_module, site, index, nodes)
+        return PassResult(graph_module, bool(missing))
+
+
+def _insert(gm: fx.GraphModule, site: AdaptorSite, index: OperatorIndex, nodes: dict[str, fx.Node]) -> None:
+    operator = index[site.operator]
+    owner, _, attribute = operator.read.rpartition(".")
+    like: Tensor = getattr(gm.get_submodule(owner), attribute)
+    name = f"adaptor_{site.side.value}_{site.operator}"
+    gm.add_submodule(name, Adaptor(site).to(like.device, like.dtype))
+    node = nodes[site.operator]
+    if site.side is Side.PRE:
+        source = nodes[operator.data[0]]
+        before = next((s for s in node.all_input_nodes if s is source), None)
+        assert before is not None  # the index was made from this graph
+        with gm.graph.inserting_before(node):
+            adaptor = gm.graph.call_module(name, (source,))
+        node.replace_input_with(source, adaptor)
+        adaptor.meta = {k: v for k, v in source.meta.items() if k == "tensor_meta"}
+    else:
+        output = nodes[operator.output]
+        with gm.graph.inserting_after(output):
+            adaptor = gm.graph.call_module(name, (output,))
+        output.replace_all_uses_with(adaptor, delete_user_cb=lambda user: user is not adaptor)
+        adaptor.meta = {k: v for k, v in output.meta.items() if k == "tensor_meta"}
