@@ -21,7 +21,7 @@ import fxprune
 from benchmarks import environment
 from benchmarks.data import LabelledImages, predictions, share
 from fxprune.errors import PostconditionError
-from fxprune.options import RECIPES, Recipe
+from fxprune.options import RECIPES, Backend, Recipe
 from fxprune.tables import render
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "settings_of",
 ]
 
-BACKENDS = ("torch", "onnxruntime-cpu")
+BACKENDS: tuple[Backend, ...] = ("torch", "onnxruntime-cpu")
 # What changes neither the figures of a run nor which runs there are.
 NEUTRAL = ("data", "images", "out", "quiet", "seed", "seeds")
 
@@ -183,6 +183,8 @@ def run_case(
         "seconds": seconds,
         "durations": dict(report.durations),
         "fold_error": report.fold_error,
+        "recovery_losses": {s.region.label: s.recovery_loss for s in report.plan.scores},
+        "savings": {s.region.label: s.latency.saving for s in report.plan.scores},
         "native_max_abs_diff": max_abs_diff(small, native, case.timed),
         "onnx_max_abs_diff": onnx_max_abs_diff(small, case.timed),
         "latency": ledger.timed(chosen) or latencies(case, small, native),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fxprune
 from fxprune.deploy import artifact
 from fxprune.errors import SourceError
-from fxprune.options import Recipe
+from fxprune.options import Backend, Recipe
 from fxprune.records import LatencyComparison
 from fxprune.tables import render
 
@@ -37,7 +37,7 @@ BATCH = 64
 HELD_OUT = 500
 CALIBRATION = 100
 DROPS = 3
-BACKENDS = ("torch", "onnxruntime-cpu")
+BACKENDS: tuple[Backend, ...] = ("torch", "onnxruntime-cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "DeviceError",
+    "DistributedError",
     "ExportError",
     "FoldError",
     "FxpruneError",
@@ -79,6 +80,10 @@ class CalibrationError(FxpruneError):
 
 class DeviceError(FxpruneError):
     """A device was asked for and is not available."""
+
+
+class DistributedError(FxpruneError):
+    """The processes of one run lost each other, or one of them failed."""
 
 
 class MeasurementError(FxpruneError):

@@ -86,7 +86,8 @@ class InsertAdaptors(FxPass):
         missing = [site for site in self._sites if site not in present]
         index = OperatorIndex(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        for site in missing:
+        # PRE first: a POST adaptor changes what the next operator reads, which the index still names by its old source
+        for site in sorted(missing, key=lambda site: site.side is Side.POST):
             _insert(graph_module, site, index, nodes)
         return PassResult(graph_module, bool(missing))
 

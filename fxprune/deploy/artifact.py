@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import io
-import json
-import logging
 import os
 import pickle
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from torch.fx import GraphModule
 
 from fxprune.deploy.archive import require_harmless
 from fxprune.errors import ArtifactError
+from fxprune.files import check_writable, replacing, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 __all__ = [
     "check_writable",
@@ -35,69 +31,9 @@ __all__ = [
     "write_text_atomic",
 ]
 
-_logger = logging.getLogger(__name__)
-
 # Where training scripts put the weights inside a larger checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` if need be, and prove that files can be written there, before any long work starts.
-
-    Raises:
-        ArtifactError: It cannot be created or written.
-    """
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target, prefix=".probe-") as probe:
-            probe.write(b"fxprune")
-            probe.flush()
-    except OSError as error:
-        raise ArtifactError(_describe(error, target)) from error
-    return target
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place on success and vanishes on any exception.
-
-    Raises:
-        ArtifactError: The folder does not exist or cannot be written, or the disk is full.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ArtifactError(_describe(error, target)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
-    _write_bytes(path, text.encode())
-
-
-def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented JSON, whole or not at all; numbers that are not finite are refused.
-
-    Raises:
-        ArtifactError: It cannot be expressed as JSON, or not be written.
-    """
-    try:
-        text = json.dumps(obj, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{os.fspath(path)} cannot be written: {error}") from error
-    write_text_atomic(path, text + "\n")
 
 
 def frozen_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -140,8 +76,8 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
             f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {error}. "
             "Write it with export_onnx instead, or keep its state_dict"
         ) from error
-    _write_bytes(target / "model.pt2", buffer.getvalue())
-    _write_bytes(target / "model.safetensors", safetensors.torch.save(_unshared(network.state_dict())))
+    write_bytes_atomic(target / "model.pt2", buffer.getvalue())
+    write_bytes_atomic(target / "model.safetensors", safetensors.torch.save(_unshared(network.state_dict())))
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:
@@ -229,15 +165,3 @@ def _read_bytes(source: Path) -> bytes:
         return source.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{source} cannot be read: {error.strerror or error}") from error
-
-
-def _write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    _logger.debug("wrote %s (%d bytes)", path, len(data))
-
-
-def _describe(error: OSError, path: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path} cannot be written: the disk is full. Free some space, or name another folder"
-    return f"{path} cannot be written: {error.strerror or error}. Name a folder that exists and is writable"

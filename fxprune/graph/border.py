@@ -8,6 +8,7 @@ from torch import fx
 
 from fxprune.graph import operators as ops
 from fxprune.graph.dominance import Dominance
+from fxprune.graph.mutation import base_of
 from fxprune.graph.regions import Reason
 
 __all__ = ["Border"]
@@ -81,14 +82,18 @@ class Border:
                     f"a size of {node.name} is used by {leak.name}",
                     (node.name, leak.name),
                 )
-            changed = ops.mutated_input(self._gm, node)
-            if changed is entry and any(user not in inside for user in entry.users):
+            if ops.mutated_input(self._gm, node) is not None and self._reaches(node, entry):
                 return (
                     Reason.MUTATED_ENTRY,
                     f"{node.name} changes {entry.name} in place",
                     (node.name, entry.name),
                 )
         return None
+
+    def _reaches(self, node: fx.Node, entry: fx.Node) -> bool:
+        """Whether an in-place operator changes the entry's memory, and something reads the entry after it."""
+        same = base_of(self._gm, node)[0] is base_of(self._gm, entry)[0]
+        return same and any(self._position[user] > self._position[node] for user in entry.users)
 
     def _size_used_outside(self, node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
         """The first node outside that computes with a size (or another non-tensor) taken from a node inside."""

@@ -141,11 +141,9 @@ class _Search:
             return Rejection(entry_name or "", join.name, reason, tuple(nodes) or (join.name,), detail, label)
 
         if entry_name is None:
-            return (
-                refuse(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
-                if additive
-                else None
-            )
+            if name == "mul":
+                return None
+            return refuse(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
         entry = self.flow[entry_name]
         if name == "cat":
             return refuse(Reason.CONCATENATION, f"{join.name} concatenates {len(operands)} tensors")

@@ -95,11 +95,11 @@ ALIASES: dict[str, str] = {
     "imul": "mul",
     "itruediv": "div",
     "truediv": "div",
-    "clone": "identity",
+    "clone": "copy",
     "contiguous": "identity",
     "detach": "identity",
     "alias": "identity",
-    "lift_fresh_copy": "identity",
+    "lift_fresh_copy": "copy",
     "concat": "cat",
     "concatenate": "cat",
     "multiply": "mul",
@@ -135,6 +135,13 @@ AVERAGE_POOLS = frozenset(
     }
 )  # fmt: skip
 MAX_POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"})
+VIEWS = frozenset(
+    {
+        "getitem", "slice", "select", "narrow", "permute", "transpose", "flatten", "reshape", "view", "squeeze",
+        "unsqueeze", "chunk", "split", "unbind", "expand",
+    }
+)  # fmt: skip
+"""Operators whose result may share memory with their input."""
 LAYOUT = frozenset(
     {
         "getitem", "slice", "select", "narrow", "index_select", "pad", "constant_pad_nd", "permute", "transpose",
@@ -160,12 +167,27 @@ def _function_name(target: Any) -> str:
     return f"{module}.{name}"
 
 
+def _module_name(module: nn.Module | None) -> str:
+    """A torch module's word; a subclass of a weighted one keeps it unless it holds an activation of its own."""
+    for kind in type(module).__mro__:
+        name = MODULE_NAMES.get(kind)
+        if name is None:
+            continue
+        if kind is type(module):
+            return name
+        if name in CONVOLUTIONS or name == "linear":
+            return name
+        if name in NORMS and module is not None:
+            active = any(not isinstance(child, nn.Identity) for child in module.children())
+            return "norm_activation" if active else name
+        break
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def op_name(gm: fx.GraphModule, node: fx.Node) -> str:
     """The canonical word for what a node computes; in-place variants have their plain operator's name."""
     if node.op == "call_module":
-        module = module_of(gm, node)
-        found = MODULE_NAMES.get(type(module)) if module is not None else None
-        return found or f"{type(module).__module__}.{type(module).__qualname__}"
+        return _module_name(module_of(gm, node))
     if node.op not in ("call_function", "call_method"):
         return node.op
     name = _function_name(node.target) if node.op == "call_function" else str(node.target)
@@ -228,7 +250,7 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     name = op_name(gm, node)
     if name in ("dropout", "stochastic_depth"):
         return _is_idle_dropout(gm, node, name)
-    return name == "identity"
+    return name in ("identity", "copy")
 
 
 def is_addition(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -244,7 +266,7 @@ def is_subtraction(gm: fx.GraphModule, node: fx.Node) -> bool:
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a normalisation, an activation or an identity, so that shape and meaning stay."""
     name = op_name(gm, node)
-    return name in NORMS or name in ACTIVATIONS or is_identity(gm, node)
+    return name in NORMS or name in ACTIVATIONS or name == "norm_activation" or is_identity(gm, node)
 
 
 def is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -253,7 +275,6 @@ def is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
     return (
         name in CONVOLUTIONS
         or name == "linear"
-        or name == "batch_norm"
         or name in NORMS
         or name in AVERAGE_POOLS
         or name in LAYOUT

@@ -59,7 +59,7 @@ class Region:
         kind: See `Kind`.
         label: Longest common module path of the dropped operators, made unique; what users see and type.
         modules: Module paths of the operators that disappear, in graph order.
-        shape: Shape of the entry (batch included) in the traced example.
+        shape: Shape of the exit and of its bypass (batch included) in the traced example.
         dtype: Its type, such as `torch.float32`.
     """
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.errors import OptionError, TraceError
+from fxprune.graph.mutation import show_mutation
 from fxprune.graph.shapes import propagate_shapes
 
 __all__ = ["FrontEnd", "split_inputs", "trace"]
@@ -23,26 +25,42 @@ FrontEnd = Literal["auto", "fx", "export"]
 TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
-def _timm_registry() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
+def _timm_functions() -> tuple[Callable[..., Any], ...]:
     try:
-        from timm.layers import get_notrace_functions, get_notrace_modules
+        from timm.layers import get_notrace_functions
     except ImportError:
-        return (), ()
-    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
+        return ()
+    return tuple(get_notrace_functions())
+
+
+def _timm_leaves(*, primitive: bool) -> Callable[[nn.Module], bool]:
+    """Which modules timm registers as untraceable; with `primitive` those that hold no weighted part.
+
+    timm registers whole blocks too, which trace well where the input's size is not asked for.
+    """
+    try:
+        from timm.layers import get_notrace_modules
+    except ImportError:
+        return lambda module: False
+    kinds = tuple(get_notrace_modules())
+
+    def is_leaf(module: nn.Module) -> bool:
+        composed = any(next(child.parameters(), None) is not None for child in module.children())
+        return isinstance(module, kinds) and not (primitive and composed)
+
+    return is_leaf
 
 
 class _Tracer(fx.Tracer):
-    """Keeps as leaves what torch does, and what timm registers as untraceable when it is installed."""
+    """Keeps as leaves what torch does, and some of what timm registers as untraceable when it is installed."""
 
-    def __init__(self) -> None:
-        modules, functions = _timm_registry()
-        super().__init__(autowrap_functions=functions)
-        self._leaves = modules
+    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__(autowrap_functions=_timm_functions())
+        self._is_leaf = is_leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__.startswith("torchvision."):
-            return True
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+        """Whether calls of a module stay calls."""
+        return self._is_leaf(m) or isinstance(m, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -68,8 +86,10 @@ def _user_statement(tb: TracebackType | None) -> str:
     return "a statement that torch does not name"
 
 
-def _symbolic(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    graph = _Tracer().trace(model, _unused_defaults(model, args, kwargs))
+def _symbolic(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[nn.Module], bool]
+) -> fx.GraphModule:
+    graph = _Tracer(is_leaf).trace(model, _unused_defaults(model, args, kwargs))
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
@@ -115,6 +135,26 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return _from_program(program)
 
 
+@torch.no_grad()
+def _check_same_function(
+    model: nn.Module, gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Runs both on the examples: symbolic tracing reads `x += y` as `x = x + y`, and may freeze what depends on sizes."""
+    if not (args or kwargs) or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return
+    given = [pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) for _ in range(2)]
+    wanted = pytree.tree_leaves(model(*given[0][0], **given[0][1]))
+    found = pytree.tree_leaves(gm(*given[1][0], **given[1][1]))
+    tensors = [(w, f) for w, f in zip(wanted, found, strict=False) if isinstance(w, torch.Tensor)]
+    for one, other in tensors:
+        close = one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
+        if not close:
+            raise TraceError(
+                "the graph computes something else than the module on the example inputs; an in-place operator such as "
+                "`x += y`, whose x is read again, is the usual cause: write `x = x + y`"
+            )
+
+
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     lines = [f"{type(model).__name__} cannot be traced:"]
     for front_end, error in failures.items():
@@ -154,9 +194,17 @@ def trace(
     if front_end not in ("auto", "fx", "export"):
         raise OptionError(f"front_end is {front_end!r}; it must be 'auto', 'fx' or 'export'")
     args, kwargs = split_inputs(example_inputs)
-    gm = _capture(model, args, kwargs, front_end)
+    if isinstance(model, torch.export.ExportedProgram):
+        return _finish(copy.deepcopy(_from_program(model)), args, kwargs)
+    if isinstance(model, fx.GraphModule) and front_end != "export":
+        return _finish(copy.deepcopy(model), args, kwargs)
+    return _capture(model, args, kwargs, front_end)
+
+
+def _finish(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     for module in gm.modules():
         module.training = False  # exported modules refuse .eval(): their graph is in evaluation mode already
+    show_mutation(gm)
     if args or kwargs:
         propagate_shapes(gm, args, kwargs)
     return gm
@@ -165,10 +213,6 @@ def trace(
 def _capture(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], front_end: FrontEnd
 ) -> fx.GraphModule:
-    if isinstance(model, torch.export.ExportedProgram):
-        return copy.deepcopy(_from_program(model))
-    if isinstance(model, fx.GraphModule) and front_end != "export":
-        return copy.deepcopy(model)
     if not isinstance(model, nn.Module):
         raise TraceError(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
@@ -180,14 +224,17 @@ def _capture(
             f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
         ) from error
     failures: dict[str, BaseException] = {}
-    routes: dict[str, Callable[[], fx.GraphModule]] = {
-        "fx": lambda: _symbolic(private, args, kwargs),
-        "export": lambda: _exported(private, args, kwargs),
-    }
-    for name, route in routes.items():
+    routes: list[tuple[str, Callable[[], fx.GraphModule]]] = [
+        ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=True))),
+        ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=False))),
+        ("export", lambda: _exported(private, args, kwargs)),
+    ]
+    for name, route in routes:
         if front_end in ("auto", name):
             try:
-                return route()
+                gm = _finish(route(), args, kwargs)
+                _check_same_function(private, gm, args, kwargs)
+                return gm
             except Exception as error:  # any failure of a front end is a refusal to report
                 failures[name] = error
     raise _refuse(model, failures) from next(iter(failures.values()))

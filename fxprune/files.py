@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, whatever ends the run: an error, Ctrl-C, SIGKILL or a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fxprune.errors import ArtifactError
+
+__all__ = ["check_writable", "replacing", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+
+_logger = logging.getLogger(__name__)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` if need be, and prove that files can be written there, before any long work starts.
+
+    Raises:
+        ArtifactError: It cannot be created or written.
+    """
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target, prefix=".probe-") as probe:
+            probe.write(b"fxprune")
+            probe.flush()
+    except OSError as error:
+        raise ArtifactError(_describe(error, target)) from error
+    return target
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place on success and vanishes on any exception.
+
+    Raises:
+        ArtifactError: The folder does not exist or cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ArtifactError(_describe(error, target)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data`, whole or not at all.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    _logger.debug("wrote %s (%d bytes)", path, len(data))
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as indented JSON, whole or not at all; numbers that are not finite are refused.
+
+    Raises:
+        ArtifactError: It cannot be expressed as JSON, or not be written.
+    """
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{os.fspath(path)} cannot be written: {error}") from error
+    write_text_atomic(path, text + "\n")
+
+
+def _describe(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written: the disk is full. Free some space, or name another folder"
+    return f"{path} cannot be written: {error.strerror or error}. Name a folder that exists and is writable"
