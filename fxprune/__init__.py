@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxprune.errors import FxpruneError
     from fxprune.graph.discovery import discover
     from fxprune.graph.trace import trace
+    from fxprune.sweeping import sweep
 
 __all__ = [
     "FxpruneError",
@@ -23,6 +24,7 @@ __all__ = [
     "measure",
     "passes",
     "report",
+    "sweep",
     "trace",
 ]
 
@@ -35,6 +37,7 @@ _HOME = {
     "export_onnx": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",
+    "sweep": "fxprune.sweeping",
     "trace": "fxprune.graph.trace",
 }
 

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.deploy import latency as timing
-from fxprune.deploy.artifact import check_writable, write_text_atomic
-from fxprune.deploy.environment import versions
+from fxprune.deploy.environment import peak_memory, versions
 from fxprune.deploy.export import ExportRecord
 from fxprune.deploy.export import export_onnx as _export
-from fxprune.deploy.positional import flat_tensors, positional
-from fxprune.deploy.savings import measure_savings
-from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
-from fxprune.graph.discovery import discover
+from fxprune.errors import GraphError, OptionError
+from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.labels import Ignore
-from fxprune.graph.regions import Discovery, Kind, Region
-from fxprune.graph.shapes import propagate_shapes
-from fxprune.graph.taps import find_tap
-from fxprune.graph.trace import trace
+from fxprune.graph.regions import Kind
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
-from fxprune.passes import Canonicalize
 from fxprune.records import LatencyComparison
 from fxprune.recovery.calibration import CalibrationSet, draw
-from fxprune.recovery.criteria import Scorer, make_scorer
-from fxprune.recovery.inputs import Inputs
-from fxprune.recovery.recover import cut_and_fold, recover
-from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan, select_independent
+from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
+from fxprune.recovery.parts import capture_inputs, output_tap, replace_submodule
+from fxprune.recovery.recover import Recovered
+from fxprune.recovery.selection import DropPlan
 from fxprune.reports.records import CompressionReport
+from fxprune.stages import (
+    Clock,
+    Job,
+    agreement,
+    choose,
+    compare_plans,
+    default_device,
+    input_names,
+    open_job,
+    repair,
+    score,
+    settings_of,
+    using_threads,
+    worst_fold_error,
+)
 
 __all__ = ["compress", "export_onnx", "measure", "report"]
 
@@ -53,20 +57,22 @@ def compress(
     min_agreement: float | None = None,
     recipe: str | Recipe = "fast",
     criterion: Criterion = "recovery",
-    selection: Selection = "independent",
+    selection: Selection | None = None,
     backend: Backend = "torch",
     device: str | None = None,
     kinds: Iterable[str | Kind] = (Kind.IDENTITY,),
     ignore: Ignore | Sequence[Ignore] = (),
     tap: str | None = None,
+    submodule: str | None = None,
     input_fn: Callable[[Any], Any] | None = None,
     images: int = 500,
     latency_batch: int | None = None,
+    cache_bytes: int = 2 * 2**30,
     seed: int = 0,
     threads: int | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> fx.GraphModule:
+) -> Any:
     """Makes a trained network faster by cutting regions out of it, with a handful of unlabelled images.
 
     Every region is scored by the feature error that remains after 1x1 adaptors were fitted around the cut, over the
@@ -82,22 +88,26 @@ def compress(
         min_agreement: Least top-1 agreement with the original on held-back calibration images.
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `fxprune.options.Recipe`.
         criterion: `recovery` as above; `l2` or `kl` judge the bare cut, for comparison.
-        selection: `independent` takes the k best scores.
+        selection: `greedy` scores again after every cut, `independent` takes the k best scores, `exact` tries all sets;
+            by default what the recipe says.
         backend: Where latency counts: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
         device: Where recovery runs, and the `torch` backend; by default where the model is.
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
         ignore: What must stay; see `fxprune.discover`.
         tap: Node or module whose output is mimicked, if not the features before the final pooling.
+        submodule: Path of the part to compress, of a model that cannot be traced as a whole; see Returns.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use.
         latency_batch: Images in a timed batch; by default 64 on CUDA and 8 on the CPU.
+        cache_bytes: Memory for cached activations; where they do not fit, fewer images are cached.
         seed: Of every random draw. The same seed gives the same plan as long as measured latencies order the same.
         threads: Of torch and onnxruntime on the CPU; by default torch's present number.
-        out: Folder for `report.json`.
+        out: Folder for `report.json`, and for finished scores: a run that was interrupted goes on from there.
         progress: Whether to draw progress bars; by default on a terminal.
 
     Returns:
-        A new graph module, in evaluation mode; `fxprune.report` tells what was done.
+        A new graph module, in evaluation mode; with `submodule`, a copy of the whole model that holds it.
+        `fxprune.report` tells what was done.
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.
@@ -107,7 +117,7 @@ def compress(
         DeviceError: The device is not there.
         MeasurementError: The backend cannot run the network.
     """
-    place = _device(device, model)
+    place = default_device(device, model)
     options = CompressOptions(
         k=k,
         target_speedup=target_speedup,
@@ -115,81 +125,115 @@ def compress(
         min_agreement=min_agreement,
         recipe=recipe_named(recipe),
         criterion=criterion,
-        selection=selection,
+        selection=selection or recipe_named(recipe).selection,
         backend=backend,
         device=place,
         images=images,
         latency_batch=latency_batch or (64 if place.startswith("cuda") else 8),
+        cache_bytes=cache_bytes,
         seed=seed,
     )
-    folder = None if out is None else check_writable(out)
-    bars = os.isatty(2) if progress is None else progress
-    clock = _Clock()
-    with _threads(threads):
-        with clock("calibration"):
-            calibration = draw(loader, limit=images, seed=seed, input_fn=input_fn, names=_input_names(model))
+    ensure_group()
+    folder = None if out is None else main_first(lambda: check_writable(out))
+    bars = is_main() and (os.isatty(2) if progress is None else progress)
+    clock = Clock()
+    with using_threads(threads):
         with clock("trace"):
-            original = _capture(model, calibration, place)
-            found = _discover(original, kinds, ignore, options)
-            features = find_tap(original, tap)
-        with clock("latency"):
-            savings = _savings(original, found.regions, calibration, options)
-        with clock("scoring"):
-            scorer = make_scorer(
-                original,
-                features,
-                calibration,
-                options.recipe,
-                options.criterion,
-                device=place,
-                seed=seed,
-                progress=bars,
+            calibration, network = _read(model, loader, submodule, input_fn, options)
+            where = output_tap if submodule is not None and tap is None else tap
+            job = open_job(
+                network, calibration, options, kinds=kinds, ignore=ignore, tap=where, folder=folder, bars=bars
             )
-            plan, fold_error = _plan(original, found.regions, savings, scorer, features, calibration, options)
+        scores = score(job, clock)
+        with clock("selection"):
+            plan = choose(job, scores)
         with clock("recovery"):
-            maps = scorer.fit(plan.regions).maps if options.recipe.fold_first else {}
-            recovered = recover(
-                original,
-                plan.regions,
-                maps,
-                features,
-                calibration,
-                options.recipe,
-                device=place,
-                seed=seed,
-                progress=bars,
-            )
-        small = recovered.graph
+            recovered, plan = repair(job, plan)
         with clock("measurement"):
-            latency = _final_latency(original, small, calibration, options)
-            agreement = _agreement(original, small, calibration, place)
-    made = CompressionReport(
+            latency = on_main(lambda: compare_plans(job, [recovered.graph])[0])
+            made = _report(job, plan, recovered, latency, clock)
+    if folder is not None and is_main():
+        write_text_atomic(folder / "report.json", made.to_json())
+    _require_agreement(options, made)
+    small = recovered.graph.requires_grad_(True)
+    small.meta.update({_REPORT: made, _EXAMPLE: calibration.example(2)})
+    if submodule is None:
+        return small
+    assert isinstance(model, nn.Module)  # _read has taken the submodule from it
+    return replace_submodule(model, submodule, small, example=calibration.example(2))
+
+
+def _read(
+    model: Any,
+    loader: Any,
+    submodule: str | None,
+    input_fn: Callable[[Any], Any] | None,
+    options: CompressOptions,
+) -> tuple[CalibrationSet, Any]:
+    """The calibration images, and the network that takes them."""
+    if submodule is None:
+        names = input_names(model)
+        return draw(loader, limit=options.images, seed=options.seed, input_fn=input_fn, names=names), model
+    captured = capture_inputs(
+        model,
+        submodule,
+        loader,
+        limit=options.images,
+        input_fn=input_fn,
+        device=options.device,
+        seed=options.seed,
+    )
+    return captured, model.get_submodule(submodule)
+
+
+def _report(
+    job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison, clock: Clock
+) -> CompressionReport:
+    fold_error = recovered.fold_error
+    return CompressionReport(
         plan=plan,
         latency=latency,
-        rejections=found.rejections,
+        rejections=job.found.rejections,
         recovery_loss_before=recovered.loss_before,
         recovery_loss_after=recovered.loss_after,
-        fold_error=recovered.fold_error if recovered.fold_error is not None else fold_error,
-        parameters=(_count(original), _count(small)),
-        images=calibration.size,
-        agreement=agreement,
-        settings=_plain_settings(options, features),
-        seed=seed,
+        fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
+        parameters=(_count(job.original), _count(recovered.graph)),
+        images=job.calibration.size,
+        agreement=agreement(job, recovered.graph, job.calibration),
+        held_back_agreement=None if job.held_back is None else agreement(job, recovered.graph, job.held_back),
+        peak_memory_bytes=peak_memory(job.options.device),
+        settings=settings_of(job),
+        seed=job.options.seed,
         durations=clock.seconds,
-        versions=versions(place),
+        versions=versions(job.options.device),
     )
-    if folder is not None:
-        write_text_atomic(folder / "report.json", made.to_json())
-    return _finish(small, made, calibration, model)
 
 
-def report(gm: fx.GraphModule) -> CompressionReport:
+def _require_agreement(options: CompressOptions, made: CompressionReport) -> None:
+    if options.min_agreement is None:
+        return
+    reached = made.held_back_agreement
+    if reached is None:
+        raise OptionError("min_agreement needs a network whose output is one score for each class")
+    if reached < options.min_agreement:
+        raise OptionError(
+            f"min_agreement is {options.min_agreement}, but without {', '.join(made.plan.chosen)} the network agrees "
+            f"with the original on {reached:.3f} of the held-back images; cut less, or give more images"
+        )
+
+
+def _count(gm: fx.GraphModule) -> int:
+    return sum(p.numel() for p in gm.parameters())
+
+
+def report(gm: nn.Module) -> CompressionReport:
     """What `compress` did to a network.
 
     Raises:
         GraphError: The network does not come from `fxprune.compress`.
     """
-    found = gm.meta.get(_REPORT)
+    graphs = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
+    found = next((g.meta[_REPORT] for g in graphs if _REPORT in g.meta), None)
     if not isinstance(found, CompressionReport):
         raise GraphError("this network carries no report: fxprune.compress attaches one to what it returns")
     return found
@@ -248,203 +292,3 @@ def measure(
     """
     batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     return timing.compare(before, [after], batch, backend=backend, device=device, settings=settings)[0]
-
-
-class _Clock:
-    """Seconds that each stage took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        if count < 1:
-            raise OptionError(f"threads is {count}; it must be 1 or more")
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(device: str | None, model: Any) -> str:
-    if device is None:
-        tensors = model.parameters() if isinstance(model, nn.Module) else iter(())
-        first = next(iter(tensors), None)
-        return str(first.device) if first is not None and first.device.type != "meta" else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {device} was asked for, but torch sees no CUDA device; install a driver and a CUDA build of "
-            "torch, or leave device out to run on the CPU"
-        )
-    return device
-
-
-def _input_names(model: Any) -> tuple[str, ...]:
-    import inspect
-
-    if isinstance(model, fx.GraphModule):
-        return tuple(str(node.target) for node in model.graph.find_nodes(op="placeholder"))
-    return tuple(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else ()
-
-
-def _capture(model: Any, calibration: CalibrationSet, device: str) -> fx.GraphModule:
-    """A private copy of the network with shapes on every node: the only place where the caller's model is read."""
-    example = calibration.example(2)
-    inputs = example.kwargs or example.args
-    home = example.to(_device(None, model))
-    traced = trace(model, None if isinstance(model, fx.GraphModule) else (home.kwargs or home.args))
-    Canonicalize()(traced)
-    tensors = [*traced.parameters(), *traced.buffers()]
-    if any(t.is_meta for t in tensors):
-        raise GraphError("the network's weights are on the meta device: load them before compressing")
-    half = {str(p.dtype) for p in traced.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
-    if half:
-        raise GraphError(
-            f"the network's weights are {', '.join(sorted(half))}; recovery needs float32: call model.float() "
-            "first, and convert the result back"
-        )
-    _check_inputs(traced, calibration)
-    traced.to(device).requires_grad_(False)
-    placed = example.to(device)
-    try:
-        propagate_shapes(traced, placed.args, placed.kwargs)
-    except GraphError as error:
-        shapes = [tuple(t.shape) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-        raise CalibrationError(
-            f"the network does not accept the calibration images of shape {shapes}: {error}"
-        ) from error
-    return traced
-
-
-def _check_inputs(gm: fx.GraphModule, calibration: CalibrationSet) -> None:
-    weights = next((p.dtype for p in gm.parameters() if p.is_floating_point()), None)
-    first = calibration.inputs.tensors()[0]
-    if weights is not None and first.is_floating_point() and first.dtype != weights:
-        raise CalibrationError(
-            f"the images are {first.dtype}, the network's weights {weights}; convert the images"
-        )
-
-
-def _discover(
-    gm: fx.GraphModule,
-    kinds: Iterable[str | Kind],
-    ignore: Ignore | Sequence[Ignore],
-    options: CompressOptions,
-) -> Discovery:
-    found = discover(gm, kinds=kinds, ignore=ignore)
-    if not found.regions:
-        reasons = "\n".join(
-            f"  {r.label or r.exit}: {r.reason.value} ({r.detail})" for r in found.rejections[:20]
-        )
-        more = f"\n  and {len(found.rejections) - 20} more" if len(found.rejections) > 20 else ""
-        raise NoRegionError(
-            "no region of this network can be dropped. Candidates refused:\n"
-            f"{reasons or '  there is no join at all'}{more}\n"
-            "kinds=('identity', 'projection', 'sequential') would look for more kinds"
-        )
-    most = largest_plan(found.regions)
-    if options.k is not None and options.k > most:
-        raise OptionError(
-            f"k is {options.k}, but at most {most} regions of this network can be dropped together"
-        )
-    return found
-
-
-def _timed_inputs(calibration: CalibrationSet, options: CompressOptions) -> Inputs:
-    wanted = options.latency_batch
-    index = torch.arange(wanted) % calibration.size
-    return calibration.inputs.select(index)
-
-
-def _savings(
-    gm: fx.GraphModule, regions: Sequence[Region], calibration: CalibrationSet, options: CompressOptions
-) -> tuple[LatencyComparison, ...]:
-    batch = _timed_inputs(calibration, options)
-    return measure_savings(
-        gm,
-        regions,
-        flat_tensors(batch),
-        lambda network: positional(network, batch),
-        backend=options.backend,
-        device=options.device,
-    )
-
-
-def _plan(
-    gm: fx.GraphModule,
-    regions: Sequence[Region],
-    savings: Sequence[LatencyComparison],
-    scorer: Scorer,
-    tap: Sequence[str],
-    calibration: CalibrationSet,
-    options: CompressOptions,
-) -> tuple[DropPlan, float | None]:
-    """The plan, and the worst fold error among the adaptors that its regions were scored with."""
-    scorer.prepare([[region] for region in regions])
-    fits = {region.label: scorer.fit([region]) for region in regions}
-    scores = tuple(
-        BlockScore(region, fits[region.label].loss, fits[region.label].loss_before, saving)
-        for region, saving in zip(regions, savings, strict=True)
-    )
-    assert options.k is not None
-    plan = DropPlan(scores, select_independent(scores, options.k))
-    errors = [
-        cut_and_fold(gm, [region], fits[region.label].maps, tap, calibration, device=options.device)[1]
-        for region in plan.regions
-    ]
-    return plan, max((error for error in errors if error is not None), default=None)
-
-
-def _final_latency(
-    original: fx.GraphModule, small: fx.GraphModule, calibration: CalibrationSet, options: CompressOptions
-) -> LatencyComparison:
-    batch = _timed_inputs(calibration, options)
-    return timing.compare(
-        positional(original, batch),
-        [positional(small, batch)],
-        flat_tensors(batch),
-        backend=options.backend,
-        device=options.device if options.backend == "torch" else None,
-    )[0]
-
-
-@torch.no_grad()
-def _agreement(
-    original: fx.GraphModule, small: fx.GraphModule, calibration: CalibrationSet, device: str
-) -> float | None:
-    same = 0
-    for batch in calibration.batches(64):
-        inputs = batch.to(device)
-        answers = [g(*inputs.args, **inputs.kwargs) for g in (original, small)]
-        if not all(isinstance(a, Tensor) and a.dim() == 2 and a.shape[1] > 1 for a in answers):
-            return None
-        same += int((answers[0].argmax(1) == answers[1].argmax(1)).sum())
-    return same / calibration.size
-
-
-def _count(gm: fx.GraphModule) -> int:
-    return sum(p.numel() for p in gm.parameters())
-
-
-def _plain_settings(options: CompressOptions, tap: Sequence[str]) -> dict[str, Any]:
-    return {**asdict(options), "tap": list(tap), "threads": torch.get_num_threads()}
-
-
-def _finish(
-    small: fx.GraphModule, made: CompressionReport, calibration: CalibrationSet, model: Any
-) -> fx.GraphModule:
-    """The result as users get it: trainable again, with its report."""
-    small.requires_grad_(True)
-    small.meta[_REPORT] = made
-    small.meta[_EXAMPLE] = calibration.example(2)
-    return small

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from fxprune.errors import OptionError
 
@@ -86,6 +86,7 @@ class Recipe:
         mimic: The fit of the whole network after the cut.
         fold_first: Whether the chosen set's fitted adaptors are folded in before mimicking; PRACTISE mimics from the
             bare cut.
+        selection: How sets are chosen unless the user says otherwise.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Recipe:
     adaptor: FitSettings
     mimic: FitSettings
     fold_first: bool
+    selection: Selection
 
 
 RECIPES: dict[str, Recipe] = {
@@ -103,6 +105,7 @@ RECIPES: dict[str, Recipe] = {
         adaptor=FitSettings(iterations=1000, batch_norm="eval"),
         mimic=FitSettings(iterations=2000, batch_norm="train"),
         fold_first=False,
+        selection="independent",
     ),
     "fast": Recipe(
         name="fast",
@@ -110,9 +113,10 @@ RECIPES: dict[str, Recipe] = {
         adaptor=FitSettings(
             optimizer="adam",
             iterations=25,
-            learning_rate=3e-3,
+            learning_rate=5e-3,
             weight_decay=0.0,
             schedule="cosine",
+            batch_size=32,
             augment=False,
         ),
         mimic=FitSettings(
@@ -124,6 +128,7 @@ RECIPES: dict[str, Recipe] = {
             batch_norm="eval",
         ),
         fold_first=True,
+        selection="greedy",
     ),
 }
 """`practise` follows the paper to the letter; `fast` is the default."""
@@ -160,6 +165,7 @@ class CompressOptions:
         device: Where recovery runs.
         images: Calibration images to draw.
         latency_batch: Images in a timed batch.
+        cache_bytes: Memory for cached activations.
         seed: Of every random draw.
     """
 
@@ -174,7 +180,13 @@ class CompressOptions:
     device: str
     images: int
     latency_batch: int
+    cache_bytes: int
     seed: int
+
+    def scoring(self) -> dict[str, Any]:
+        """The settings that scores depend on: the goal and the way of choosing are not among them."""
+        goal = ("k", "target_speedup", "target_latency_ms", "min_agreement", "selection")
+        return {name: value for name, value in asdict(self).items() if name not in goal}
 
     def __post_init__(self) -> None:
         goals = {
@@ -208,4 +220,5 @@ class CompressOptions:
         ):
             _require(value in choices, f"{name} is {value!r}; choose from {', '.join(choices)}")
         _require(self.images >= 1, f"images is {self.images}; it must be 1 or more")
+        _require(self.cache_bytes >= 1, f"cache_bytes is {self.cache_bytes}; it must be positive")
         _require(self.latency_batch >= 1, f"latency_batch is {self.latency_batch}; it must be 1 or more")

@@ -65,7 +65,8 @@ class DropRegions(FxPass):
         """Drops every region that is still there."""
         pending = self._pending(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        for region in pending:
+        order = {name: i for i, name in enumerate(nodes)}
+        for region in sorted(pending, key=lambda r: order[r.exit]):  # a bypass may be an exit dropped before
             _drop(graph_module, region, nodes)
         if pending:
             done = graph_module.meta.get(_DROPPED, frozenset())

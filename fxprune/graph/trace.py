@@ -54,13 +54,18 @@ def _timm_leaves(*, primitive: bool) -> Callable[[nn.Module], bool]:
 class _Tracer(fx.Tracer):
     """Keeps as leaves what torch does, and some of what timm registers as untraceable when it is installed."""
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, is_leaf: Callable[[nn.Module], bool] = lambda module: False) -> None:
+        # unpickling a traced module makes a tracer without arguments
         super().__init__(autowrap_functions=_timm_functions())
         self._is_leaf = is_leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of a module stay calls."""
-        return self._is_leaf(m) or isinstance(m, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            self._is_leaf(m)
+            or isinstance(m, FrozenBatchNorm2d)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -138,10 +143,10 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 @torch.no_grad()
 def _check_same_function(
     model: nn.Module, gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Runs both on the examples: symbolic tracing reads `x += y` as `x = x + y`, and may freeze what depends on sizes."""
+) -> fx.GraphModule:
+    """Runs both on the examples: symbolic tracing reads `x += y` as `x = x + y`, and may freeze a choice."""
     if not (args or kwargs) or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        return
+        return gm
     given = [pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) for _ in range(2)]
     wanted = pytree.tree_leaves(model(*given[0][0], **given[0][1]))
     found = pytree.tree_leaves(gm(*given[1][0], **given[1][1]))
@@ -153,6 +158,7 @@ def _check_same_function(
                 "the graph computes something else than the module on the example inputs; an in-place operator such as "
                 "`x += y`, whose x is read again, is the usual cause: write `x = x + y`"
             )
+    return gm
 
 
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
@@ -232,9 +238,7 @@ def _capture(
     for name, route in routes:
         if front_end in ("auto", name):
             try:
-                gm = _finish(route(), args, kwargs)
-                _check_same_function(private, gm, args, kwargs)
-                return gm
+                return _check_same_function(private, _finish(route(), args, kwargs), args, kwargs)
             except Exception as error:  # any failure of a front end is a refusal to report
                 failures[name] = error
     raise _refuse(model, failures) from next(iter(failures.values()))

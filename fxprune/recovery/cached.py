@@ -37,6 +37,7 @@ class CachedScorer:
         seed: Of the order of batches.
         cache_bytes: Budget of the cached activations.
         start_images: Images for the least squares, at most.
+        loss_images: Images that the losses are taken over, at most.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class CachedScorer:
         seed: int,
         cache_bytes: int = 2 * 2**30,
         start_images: int = 64,
+        loss_images: int = 256,
     ) -> None:
         self._gm = gm
         self._tap = tuple(tap)
@@ -59,6 +61,7 @@ class CachedScorer:
         self._seed = seed
         self._cache_bytes = cache_bytes
         self._start_images = start_images
+        self._loss_images = loss_images
         self._index = OperatorIndex(gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
@@ -66,15 +69,22 @@ class CachedScorer:
 
     def fit(self, regions: Sequence[Region]) -> AdaptorFit:
         """Fits the adaptors for dropping a set of regions, and measures the recovery loss."""
+        return self._fit(regions, descend=True)
+
+    def estimate(self, regions: Sequence[Region]) -> float:
+        """Recovery loss with the closed-form adaptors alone: cheap, and right in its order."""
+        return self._fit(regions, descend=False).loss
+
+    @torch.no_grad()
+    def _fit(self, regions: Sequence[Region], *, descend: bool) -> AdaptorFit:
         work = _Work(self._gm, Candidate(self._gm, regions, self._tap), self._index)
         cache = self._activations((*work.frontier, *work.targets.values(), *self._tap))
-        with torch.no_grad():
-            before = work.loss(cache, self._tap)
-            self._start(work, cache)
-        self._descend(work, cache)
-        with torch.no_grad():
-            after = work.loss(cache, self._tap)
-        return AdaptorFit(work.candidate.maps(), after, before)
+        count = min(self._loss_images, cache.images)
+        before = work.loss(cache, self._tap, count) if descend else float("nan")
+        self._start(work, cache)
+        if descend:
+            self._descend(work, cache)
+        return AdaptorFit(work.candidate.maps(), work.loss(cache, self._tap, count), before)
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Runs the original once for everything that some candidates will need."""
@@ -162,14 +172,14 @@ class _Work:
             and index[site.operator].data[0] not in dropped - {r.exit for r in candidate.regions}
         }
 
-    def loss(self, cache: Activations, tap: Sequence[str], batch_size: int = 64) -> float:
-        """Mean squared error at the tap over all cached images."""
+    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 64) -> float:
+        """Mean squared error at the tap over the first cached images."""
         total = 0.0
-        for start in range(0, cache.images, batch_size):
-            stop = min(start + batch_size, cache.images)
+        for start in range(0, images, batch_size):
+            stop = min(start + batch_size, images)
             features = self.part(*(cache[name][start:stop].clone() for name in self.frontier))
             total += float(feature_loss(features, [cache[name][start:stop] for name in tap])) * (stop - start)
-        return total / cache.images
+        return total / images
 
 
 def _below_cut(candidate: Candidate) -> list[str]:

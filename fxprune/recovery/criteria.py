@@ -30,6 +30,9 @@ class Scorer(Protocol):
     def fit(self, regions: Sequence[Region]) -> AdaptorFit:
         """Fits adaptors for one set and measures the loss."""
 
+    def estimate(self, regions: Sequence[Region]) -> float:
+        """The loss of one set, as exactly as comparing many sets needs."""
+
 
 class EndToEndScorer:
     """PRACTISE's own procedure: every candidate is trained through the whole network.
@@ -74,6 +77,10 @@ class EndToEndScorer:
             progress=self._progress,
         )
 
+    def estimate(self, regions: Sequence[Region]) -> float:
+        """As `fit`: the paper has no shortcut."""
+        return self.fit(regions).loss
+
 
 class _BareScorer:
     """Criteria that look at the bare cut: `l2` at the tap (as in eps-ResNet), `kl` of the outputs (CURL)."""
@@ -107,6 +114,10 @@ class _BareScorer:
             loss = self._divergence(student)
         return AdaptorFit({}, loss, loss)
 
+    def estimate(self, regions: Sequence[Region]) -> float:
+        """As `fit`."""
+        return self.fit(regions).loss
+
     def _divergence(self, student: fx.GraphModule) -> float:
         total = 0.0
         for batch in self._calibration.batches(64):
@@ -135,11 +146,14 @@ def make_scorer(
     *,
     device: str,
     seed: int,
+    cache_bytes: int = 2 * 2**30,
     progress: bool = False,
 ) -> Scorer:
     """The scorer that a recipe and a criterion ask for."""
     if criterion != "recovery":
         return _BareScorer(gm, tap, calibration, criterion, device)
     if recipe.scorer == "cached":
-        return CachedScorer(gm, tap, calibration, recipe.adaptor, device=device, seed=seed)
+        return CachedScorer(
+            gm, tap, calibration, recipe.adaptor, device=device, seed=seed, cache_bytes=cache_bytes
+        )
     return EndToEndScorer(gm, tap, calibration, recipe, device=device, seed=seed, progress=progress)

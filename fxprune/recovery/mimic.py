@@ -21,6 +21,7 @@ from fxprune.options import FitSettings
 from fxprune.recovery.augment import default_augmentation
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.inputs import Inputs
+from fxprune.recovery.parallel import average_gradients, is_main, share_buffers, share_of, total
 
 __all__ = [
     "FeatureReader",
@@ -122,24 +123,39 @@ def _optimizer(parameters: Sequence[nn.Parameter], settings: FitSettings) -> tor
 
 
 def optimise(
-    parameters: Sequence[nn.Parameter], losses: Iterable[Tensor], settings: FitSettings, *, where: str
+    parameters: Sequence[nn.Parameter],
+    losses: Iterable[Tensor],
+    settings: FitSettings,
+    *,
+    where: str,
+    shared: bool = False,
 ) -> None:
     """Steps through an iterable of losses, each computed lazily with the parameters of that moment.
+
+    Args:
+        parameters: What to train.
+        losses: Of one batch each.
+        settings: Optimiser, rate and schedule.
+        where: What is trained, for errors.
+        shared: Whether each process has its weighted part of every loss, to be added up over all ranks.
 
     Raises:
         CalibrationError: The loss became infinite or NaN.
     """
     optimizer = _optimizer(parameters, settings)
     for iteration, loss in enumerate(losses):
-        if not bool(torch.isfinite(loss)):
+        whole = total(loss) if shared else loss
+        if not bool(torch.isfinite(whole)):
             raise CalibrationError(
-                f"the mimicking loss of {where} is {loss.item()} at iteration {iteration}; the images or the "
+                f"the mimicking loss of {where} is {whole.item()} at iteration {iteration}; the images or the "
                 f"weights are out of range, or a learning rate of {settings.learning_rate} is too high"
             )
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(iteration)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if shared:
+            average_gradients(parameters)
         optimizer.step()
 
 
@@ -154,6 +170,7 @@ def fit_features(
     seed: int,
     progress: bool = False,
     title: str = "mimicking",
+    shared: bool = False,
 ) -> None:
     """Trains some of the student's parameters until its features are the teacher's.
 
@@ -169,26 +186,37 @@ def fit_features(
         seed: Of order and augmentation.
         progress: Whether to draw a progress bar.
         title: Of the bar, and in errors.
+        shared: Whether all ranks train this one network together (see `fxprune.recovery.parallel`): each takes its
+            part of every batch, and all end with the same parameters. With `batch_norm="eval"` the steps are those of
+            a single process; with `"train"` each rank normalises by its own part, and running statistics are averaged
+            at the end.
 
     Raises:
         CalibrationError: The loss became infinite or NaN.
+        DistributedError: Another rank ended.
     """
     augment = default_augmentation if settings.augment else None
     batches = calibration.stream(settings.batch_size, settings.iterations, seed, augment)
-    bar = tqdm(batches, total=settings.iterations, desc=title, disable=not progress, leave=False)
+    bar = tqdm(
+        batches, total=settings.iterations, desc=title, disable=not (progress and is_main()), leave=False
+    )
 
     def losses() -> Iterator[Tensor]:
         for batch in bar:
-            inputs = batch.to(device)
+            part, weight = share_of(batch) if shared else (batch, 1.0)
+            inputs = part.to(device)
             with torch.no_grad():
                 wanted = teacher(inputs)
-            yield feature_loss(student(inputs), wanted)
+            loss = feature_loss(student(inputs), wanted)
+            yield loss * weight if shared else loss
 
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         with _batch_norm_mode(student.part, settings.batch_norm), torch.enable_grad():
-            optimise(parameters, losses(), settings, where=title)
+            optimise(parameters, losses(), settings, where=title, shared=shared)
+        if shared and settings.batch_norm == "train":
+            share_buffers(student.part)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from fxprune.recovery.mimic import (
 )
 
 __all__ = ["Recovered", "cut_and_fold", "recover"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ def recover(
     teacher_reader = FeatureReader(gm, tap)
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     parameters = trainable_parameters(student_reader.part)
     if parameters and recipe.mimic.iterations:
         fit_features(
@@ -127,4 +132,8 @@ def recover(
             title="mimicking",
         )
     after = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+    if not after < before:
+        logger.warning("mimicking raised the feature error from %.4g to %.4g, so it was undone", before, after)
+        student.load_state_dict(start)
+        after = before
     return Recovered(student, before, after, fold_error)

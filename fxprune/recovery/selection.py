@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
 from fxprune.records import LatencyComparison
 
-__all__ = ["BlockScore", "DropPlan", "largest_plan", "select_independent"]
+__all__ = ["BlockScore", "DropPlan", "largest_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +64,3 @@ def largest_plan(regions: Sequence[Region]) -> int:
         if not any(region.overlaps(other) for other in taken):
             taken.append(region)
     return len(taken)
-
-
-def select_independent(scores: Sequence[BlockScore], k: int) -> tuple[Region, ...]:
-    """The k regions with the smallest scores that do not overlap, each judged on its own (PRACTISE, algorithm 1).
-
-    Raises:
-        OptionError: Fewer than k regions save time beyond the noise.
-    """
-    chosen: list[Region] = []
-    for score in sorted(scores, key=lambda s: s.score):
-        if (
-            len(chosen) < k
-            and math.isfinite(score.score)
-            and not any(score.region.overlaps(r) for r in chosen)
-        ):
-            chosen.append(score.region)
-    if len(chosen) < k:
-        slow = [s.region.label for s in scores if not s.latency.distinguishable]
-        raise OptionError(
-            f"k is {k}, but only {len(chosen)} regions can be dropped together and save time beyond the noise; "
-            f"no saving was seen for: {', '.join(slow) or 'none'}. Ask for fewer, or time a larger "
-            "batch with latency_batch"
-        )
-    order = {score.region.label: i for i, score in enumerate(scores)}
-    return tuple(sorted(chosen, key=lambda region: order[region.label]))

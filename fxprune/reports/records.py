@@ -14,7 +14,7 @@ from fxprune.records import LatencyComparison, NotMeasured
 from fxprune.recovery.selection import DropPlan
 from fxprune.tables import render
 
-__all__ = ["CompressionReport"]
+__all__ = ["CompressionReport", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class CompressionReport:
         parameters: Parameters before and after.
         images: Calibration images used.
         agreement: Top-1 agreement with the original on the calibration images, None without class scores.
+        held_back_agreement: The same on the images kept apart for `min_agreement`.
+        peak_memory_bytes: Most memory the process (on CUDA: the allocator) has held.
         settings: What was asked for.
         seed: Of every random draw.
         durations: Seconds that each stage took.
@@ -48,6 +50,8 @@ class CompressionReport:
     parameters: tuple[int, int]
     images: int
     agreement: float | None
+    held_back_agreement: float | None
+    peak_memory_bytes: int | None
     settings: Mapping[str, Any]
     seed: int
     durations: Mapping[str, float]
@@ -66,7 +70,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to `report.json`."""
-        data: dict[str, Any] = _plain(asdict(self))
+        data: dict[str, Any] = plain(asdict(self))
         data["plan"]["chosen"] = list(self.plan.chosen)
         for row, score in zip(data["plan"]["scores"], self.plan.scores, strict=True):
             row["score"] = score.score if math.isfinite(score.score) else None
@@ -112,6 +116,8 @@ class CompressionReport:
             lines.append(
                 f"same top-1 class as the original on {100 * self.agreement:.1f} % of {self.images} calibration images"
             )
+        if self.peak_memory_bytes is not None:
+            lines.append(f"peak memory {self.peak_memory_bytes / 2**20:.0f} MiB")
         lines.append(f"refused candidates: {len(self.rejections)}")
         lines.append(
             "took " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.durations.items())
@@ -133,11 +139,12 @@ class CompressionReport:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Records as JSON takes them: enums by value or name, sets as lists, what is not finite as null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, frozenset)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, Enum):
         return (
             value.value if not hasattr(value, "name") or value.__class__.__name__ != "Reason" else value.name

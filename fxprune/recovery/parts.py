@@ -1,0 +1,378 @@
+"""Part of a model: the inputs that one submodule really gets, and the model with that submodule replaced.
+
+A detector, or any model whose own forward has control flow, cannot be traced as a whole, but its backbone can:
+
+1. `capture_inputs` runs the model on the loader and keeps what reaches the submodule;
+2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`);
+3. `replace_submodule` puts it back into a copy of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
+from fxprune.graph import operators as ops
+from fxprune.graph.dominance import flow_nodes
+from fxprune.recovery.calibration import CalibrationSet, draw
+from fxprune.recovery.inputs import Inputs
+from fxprune.recovery.loading import iterate, narrow
+
+__all__ = ["capture_inputs", "output_tap", "replace_submodule"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 20
+"""Batches in a row that may leave the submodule uncalled before capturing gives up."""
+
+TENSOR_BATCH = 8
+"""Images given to the model at once where the loader is a single tensor."""
+
+_LIST_ADVICE = (
+    "pass input_fn=, a function from a batch to a tensor, a list of images, a tuple (arguments) or a dict "
+    "(keyword arguments)"
+)
+_PLAIN = (bool, int, float, complex, str, type(None))
+# torch.fx drops what it does not know when a graph module is copied, except what stands under this key of its meta
+_PRESERVED: str = getattr(fx.graph_module, "_USER_PRESERVED_ATTRIBUTES_KEY", "_user_preserved_attributes")
+
+
+class _Reached(BaseException):
+    """Ends the model's forward at the submodule; no `Exception`, so that no model swallows it."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = Inputs(args, kwargs)
+
+
+def capture_inputs(
+    model: nn.Module,
+    path: str,
+    loader: object,
+    *,
+    limit: int = 500,
+    input_fn: Callable[[Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Runs a model on a loader and keeps what one of its submodules is called with.
+
+    The model runs as a private copy in evaluation mode, without gradients, and only as far as the submodule. When one
+    forward calls it several times (a head shared by feature levels, say), the first call is recorded. Every row of its
+    inputs is one image, so that a model that stacks two frames for its encoder, as RAFT does, yields two a pair.
+
+    A batch is given to the model like this, unless there is an `input_fn`:
+
+    1. a tensor: `model(tensor)`;
+    2. a tuple or list whose first part is a tensor or a list of tensors: `model(first)`; labels are ignored;
+    3. a mapping: `model(**mapping)`.
+
+    Args:
+        model: Any model; it is not changed.
+        path: The submodule, as in `model.get_submodule`.
+        loader: Batches; or all images as one tensor `[N, C, H, W]`; or a `Dataset`.
+        limit: Most images to keep. A dataset, and a data loader over one, is drawn from at random; of other loaders
+            the first are taken, as each costs a run of the model.
+        input_fn: Turns a batch into a tensor or a list (the one argument), a tuple (the arguments) or a mapping (the
+            keyword arguments).
+        device: Where to run; by default where the model is.
+        seed: Of the draw.
+
+    Returns:
+        The submodule's inputs, on the CPU.
+
+    Raises:
+        OptionError: There is no such submodule, or `limit` is below 1.
+        TraceError: The model cannot be copied.
+        GraphError: The submodule is never called.
+        CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
+            in shape from one image to the next; the message names both shapes.
+    """
+    _submodule(model, path)
+    if limit < 1:
+        raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
+    place = _device_of(model) if device is None else torch.device(device)
+    private = _private(model).to(place)
+    batches = _batches(loader, limit, seed)
+    try:
+        calls = _calls(private, path, batches, limit, place, input_fn)
+        return draw(calls, limit=limit, seed=seed, input_fn=_as_batch)
+    except CalibrationError as error:
+        raise CalibrationError(f"Capturing the inputs of submodule {path!r}: {error}") from error
+
+
+def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]:
+    if isinstance(loader, Tensor):
+        order = torch.randperm(len(loader), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:limit].sort().values.to(loader.device)
+        return enumerate(loader[rows] for rows in torch.split(chosen, TENSOR_BATCH))
+    return iterate(narrow(loader, limit, seed))
+
+
+def _calls(
+    model: nn.Module,
+    path: str,
+    batches: Iterator[tuple[int, Any]],
+    limit: int,
+    device: torch.device,
+    input_fn: Callable[[Any], Any] | None,
+) -> Iterator[Inputs]:
+    """The submodule's inputs, batch by batch, until there are `limit` images."""
+    submodule = model.get_submodule(path)
+    images, missed, index = 0, 0, -1
+    for index, batch in batches:
+        given = _model_inputs(batch, index, input_fn).to(device)
+        found = _run_until(model, submodule, given, index)
+        if found is None:
+            missed += 1
+            if missed >= PATIENCE:
+                break
+            continue
+        missed = 0
+        bound = _bind(submodule, found)
+        images += bound.batch_size if bound.tensors() else 1
+        yield bound
+        if images >= limit:
+            return
+    if not images and index >= 0:
+        raise GraphError(
+            f"submodule {path!r}, a {type(submodule).__name__}, is never called by the model's forward "
+            f"({missed} batches): it is unused in evaluation mode, only its children are called, or one of its other "
+            "methods; name a submodule that the model calls as model.part(x)"
+        )
+
+
+@torch.no_grad()
+def _run_until(model: nn.Module, submodule: nn.Module, given: Inputs, index: int) -> Inputs | None:
+    """What the submodule is first called with, None where it is not called."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    hook = submodule.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(*given.args, **given.kwargs)
+    except _Reached as reached:
+        return reached.inputs
+    except Exception as error:
+        raise CalibrationError(
+            f"the model failed on batch {index} before it reached the submodule: {type(error).__name__}: {error}. It "
+            f"was called as model({_describe(given)}); if that is not how it is to be called, {_LIST_ADVICE}."
+        ) from error
+    finally:
+        hook.remove()
+    return None
+
+
+def _model_inputs(batch: object, index: int, input_fn: Callable[[Any], Any] | None) -> Inputs:
+    """A batch as the whole model is given it, by the rules of `capture_inputs`."""
+    value = batch
+    if input_fn is not None:
+        try:
+            value = input_fn(batch)
+        except Exception as error:
+            raise CalibrationError(
+                f"input_fn failed on batch {index}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(value, tuple):
+            return Inputs(value)
+        if isinstance(value, list):
+            return Inputs((value,))
+    elif isinstance(value, (tuple, list)) and value:
+        value = list(value[0]) if isinstance(value[0], tuple) else value[0]
+    if isinstance(value, Tensor) or _is_list_of_tensors(value):
+        return Inputs((value,))
+    if isinstance(value, Mapping):
+        return Inputs((), {str(key): item for key, item in value.items()})
+    origin = "input_fn returned" if input_fn is not None else "the batch is"
+    raise CalibrationError(f"batch {index}: {origin} a {type(value).__name__}: {_LIST_ADVICE}.")
+
+
+def _is_list_of_tensors(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+
+
+def _describe(inputs: Inputs) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"<tensor {list(value.shape)}>"
+        return f"<{type(value).__name__} of {len(value)}>" if isinstance(value, (list, dict)) else repr(value)
+
+    keywords = [f"{name}={shown(value)}" for name, value in inputs.kwargs.items()]
+    return ", ".join([*map(shown, inputs.args), *keywords])
+
+
+def _bind(submodule: nn.Module, found: Inputs) -> Inputs:
+    """The same call in one canonical form: all positional where that is possible, else all by name."""
+    if not found.kwargs:
+        return found
+    bound = inspect.signature(submodule.forward).bind(*found.args, **found.kwargs)
+    return Inputs(bound.args) if not bound.kwargs else Inputs((), dict(bound.arguments))
+
+
+def _as_batch(inputs: Inputs) -> tuple[Any, ...] | dict[str, Any]:
+    return inputs.kwargs or inputs.args
+
+
+def output_tap(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Where a part of a model is mimicked: every floating-point tensor it computes and returns.
+
+    Unlike `find_tap` it never reads before a pooling: what follows a part is not known, so all it returns counts.
+
+    Args:
+        gm: A graph with shapes.
+
+    Raises:
+        GraphError: The part returns no floating-point tensor.
+    """
+    flow = flow_nodes(gm)
+    output = next(reversed(flow.values()))
+    returned = [n for n in output.all_input_nodes if n.name in flow and n.op != "placeholder"]
+    tap = tuple(n.name for n in returned if ops.is_floating(n))
+    if not tap:
+        raise GraphError(
+            "no output of this part is a floating-point tensor that it computes; name a larger part, or a tap",
+            nodes=[n.name for n in returned],
+        )
+    if len(tap) < len(returned):
+        unread = [n.name for n in returned if n.name not in tap]
+        logger.warning("not mimicked, as they are no floating-point tensors: %s", ", ".join(unread))
+    return tap
+
+
+def replace_submodule(
+    model: nn.Module, path: str, part: fx.GraphModule, *, example: Inputs | None = None
+) -> nn.Module:
+    """A copy of a model in which one submodule is another.
+
+    Plain public attributes that only the original submodule has (`backbone.out_channels`) go over to the new one, and
+    parameters of the same name are frozen as they were. Forward hooks on the submodule itself do not go over.
+
+    Args:
+        model: The whole model; it is not changed.
+        path: The submodule to replace, as in `model.get_submodule`.
+        part: What to put there; it is copied, to where the original submodule is.
+        example: Inputs of the submodule. With them both are run: mappings that tracing turned into plain dicts become
+            `OrderedDict` again, and a part whose outputs are built otherwise is refused.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        OptionError: There is no such submodule.
+        TraceError: The model cannot be copied.
+        GraphError: The part's outputs differ from the original's in structure, shape or type.
+    """
+    original = _submodule(model, path)
+    whole = _private(model)
+    placed = copy.deepcopy(part).to(_device_of(original, model))
+    for module in placed.modules():
+        module.training = False  # not .eval(): the modules of an exported program refuse it
+    frozen = {name: p.requires_grad for name, p in original.named_parameters(remove_duplicate=False)}
+    for name, parameter in placed.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
+    _forward_attributes(original, placed)
+    if example is not None:
+        _restore_outputs(whole.get_submodule(path), placed, example.to(_device_of(original, model)), path)
+    parent, _, name = path.rpartition(".")
+    setattr(whole.get_submodule(parent), name, placed)
+    return whole
+
+
+def _forward_attributes(original: nn.Module, part: fx.GraphModule) -> None:
+    missing = {
+        name: copy.deepcopy(value)
+        for name, value in vars(original).items()
+        if not name.startswith("_") and not hasattr(part, name) and _is_plain(value)
+    }
+    for name, value in missing.items():
+        setattr(part, name, value)
+    part.meta[_PRESERVED] = {**part.meta.get(_PRESERVED, {}), **missing}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+@torch.no_grad()
+def _restore_outputs(original: nn.Module, part: fx.GraphModule, example: Inputs, path: str) -> None:
+    """Makes a part return what the original returns, not only the same tensors."""
+
+    def run(module: nn.Module) -> Any:
+        given = example.map(torch.clone)  # either may change its inputs in place
+        return module(*given.args, **given.kwargs)
+
+    wanted, found = run(original), run(part)
+    if pytree.tree_structure(wanted) != pytree.tree_structure(found):
+        node = next(iter(part.graph.find_nodes(op="output")))
+        with part.graph.inserting_before(node):
+            node.args = (_ordered(part.graph, node.args[0], wanted),)
+        part.recompile()
+        found = run(part)
+    if _outline(wanted) != _outline(found):
+        raise GraphError(
+            f"the part to put at {path!r} returns {_outline(found)}, the original {_outline(wanted)}; tensors have to "
+            "agree in number, shape and type"
+        )
+
+
+def _ordered(graph: fx.Graph, arg: Any, wanted: Any) -> Any:
+    """The output's argument with a call of `OrderedDict` wherever the original returned one."""
+    if isinstance(arg, dict) and isinstance(wanted, dict):
+        inside = {key: _ordered(graph, arg[key], wanted.get(key)) for key in arg}
+        if type(wanted) is OrderedDict:
+            return graph.call_function(OrderedDict, (list(inside.items()),))
+        return inside
+    if isinstance(arg, (tuple, list)) and isinstance(wanted, (tuple, list)) and len(arg) == len(wanted):
+        inner = [_ordered(graph, a, w) for a, w in zip(arg, wanted, strict=True)]
+        return type(arg)(*inner) if hasattr(arg, "_fields") else type(arg)(inner)
+    return arg
+
+
+def _outline(value: Any) -> str:
+    leaves, structure = pytree.tree_flatten(value)
+    tensors = [
+        f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    ]
+    return f"{' '.join(str(structure).split())} of {', '.join(tensors)}"
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if path in names:
+        return model.get_submodule(path)
+    if not path:
+        raise OptionError("submodule is empty: name a part, or leave it out to compress the whole model")
+    near = difflib.get_close_matches(path, names, n=5, cutoff=0.4)
+    hint = f"nearest are {near}" if near else f"at the top there are {[n for n, _ in model.named_children()]}"
+    raise OptionError(f"{type(model).__name__} has no submodule {path!r}; {hint}")
+
+
+def _private(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
+        ) from error
+
+
+def _device_of(*modules: nn.Module) -> torch.device:
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")

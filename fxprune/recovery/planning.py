@@ -1,0 +1,129 @@
+"""Choosing sets of regions: independently, greedily with re-scoring, or exactly.
+
+PRACTISE takes the k smallest scores, each judged alone. But two cuts in one stage share the same adaptors, so what a
+set costs is not the sum of what its members cost. The joint score of a set is eq. 3 read for the set as a whole:
+recovery loss with all its regions dropped, over the relative latency that they save together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+from fxprune.errors import OptionError
+from fxprune.graph.regions import Region
+from fxprune.options import Selection
+from fxprune.recovery.selection import BlockScore
+
+__all__ = ["EXACT_LIMIT", "Planner", "disjoint"]
+
+EXACT_LIMIT = 512
+"""Most sets that `exact` will score."""
+
+JointLoss = Callable[[Sequence[Sequence[Region]]], Sequence[float]]
+
+
+def disjoint(regions: Sequence[Region]) -> bool:
+    """Whether no two regions overlap."""
+    return not any(a.overlaps(b) for a, b in combinations(regions, 2))
+
+
+class Planner:
+    """Grows plans from scores.
+
+    Args:
+        scores: One for each region, in graph order.
+        joint_loss: Recovery losses of some sets; called for `greedy` and `exact` only.
+        selection: How to choose.
+    """
+
+    def __init__(self, scores: Sequence[BlockScore], joint_loss: JointLoss, selection: Selection) -> None:
+        self._scores = {score.region.label: score for score in scores}
+        self._order = {label: i for i, label in enumerate(self._scores)}
+        self._joint_loss = joint_loss
+        self._selection = selection
+        self._usable = [s.region for s in scores if math.isfinite(s.score)]
+
+    @property
+    def scores(self) -> Sequence[BlockScore]:
+        """One for each region."""
+        return tuple(self._scores.values())
+
+    def saving(self, regions: Sequence[Region]) -> float:
+        """Relative latency that the regions save, each measured alone and added up."""
+        return sum(self._scores[region.label].latency.saving for region in regions)
+
+    def of_size(self, k: int) -> tuple[Region, ...]:
+        """The plan with k regions, in graph order.
+
+        Raises:
+            OptionError: Fewer than k regions can be dropped together and save time beyond the noise.
+        """
+        if self._selection == "exact":
+            return self._exact(k)
+        plan: tuple[Region, ...] = ()
+        for grown in self.path():
+            plan = grown
+            if len(plan) == k:
+                return self._sorted(plan)
+        raise self._too_few(k, len(plan))
+
+    def path(self) -> Iterator[tuple[Region, ...]]:
+        """Plans of 1, 2, 3 ... regions, each in graph order, each containing the one before it."""
+        grow = self._independent if self._selection == "independent" else self._greedy
+        for plan in grow():
+            yield self._sorted(plan)
+
+    def _independent(self) -> Iterator[tuple[Region, ...]]:
+        plan: tuple[Region, ...] = ()
+        for region in sorted(self._usable, key=lambda r: self._scores[r.label].score):
+            if not any(region.overlaps(other) for other in plan):
+                plan = (*plan, region)
+                yield plan
+
+    def _greedy(self) -> Iterator[tuple[Region, ...]]:
+        """Lazy greedy: a set's score seldom falls when the set grows, so only the most promising are scored again."""
+        plan: tuple[Region, ...] = ()
+        stale = {region.label: self._scores[region.label].score for region in self._usable}
+        left = list(self._usable)
+        while left:
+            fresh: dict[str, float] = {}
+            while plan:
+                best = min(left, key=lambda r: (fresh.get(r.label, stale[r.label]), self._order[r.label]))
+                if best.label in fresh:
+                    break
+                value = self._score((*plan, best))
+                fresh[best.label] = stale[best.label] = value
+            chosen = min(left, key=lambda r: (stale[r.label], self._order[r.label]))
+            plan = (*plan, chosen)
+            left = [r for r in left if not r.overlaps(chosen)]
+            yield plan
+
+    def _score(self, plan: Sequence[Region]) -> float:
+        ordered = self._sorted(plan)
+        return float(self._joint_loss([ordered])[0]) / self.saving(ordered)
+
+    def _exact(self, k: int) -> tuple[Region, ...]:
+        if k > len(self._usable):
+            raise self._too_few(k, len(self._usable))
+        count = math.comb(len(self._usable), k)
+        if count > EXACT_LIMIT:
+            raise OptionError(
+                f"selection='exact' would score {count} sets of {k} regions, more than {EXACT_LIMIT}; use 'greedy'"
+            )
+        sets = [chosen for chosen in combinations(self._usable, k) if disjoint(chosen)]
+        if not sets:
+            raise self._too_few(k, 0)
+        losses = self._joint_loss(sets)
+        return min(zip(losses, sets, strict=True), key=lambda pair: pair[0] / self.saving(pair[1]))[1]
+
+    def _sorted(self, plan: Sequence[Region]) -> tuple[Region, ...]:
+        return tuple(sorted(plan, key=lambda region: self._order[region.label]))
+
+    def _too_few(self, k: int, most: int) -> OptionError:
+        slow = [label for label, score in self._scores.items() if not score.latency.distinguishable]
+        return OptionError(
+            f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was "
+            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, or time a larger batch with latency_batch"
+        )

@@ -1,0 +1,75 @@
+"""The front of one sweep: latency against recovery loss for every number of dropped regions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fxprune.records import LatencyComparison
+from fxprune.recovery.selection import BlockScore
+from fxprune.reports.records import plain
+from fxprune.tables import render
+
+__all__ = ["SweepPoint", "SweepReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One plan on the path.
+
+    Attributes:
+        dropped: Labels of its regions.
+        recovery_loss: Mean squared error at the tap, adaptors fitted together, before mimicking.
+        latency: The network without them, against the original.
+        accuracy: What the user's `evaluate` said of it with the adaptors folded in, None without one.
+    """
+
+    dropped: tuple[str, ...]
+    recovery_loss: float
+    latency: LatencyComparison
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """All plans from one scoring.
+
+    Attributes:
+        points: Of 1, 2, 3 ... regions.
+        scores: Of single regions.
+        accuracy: Of the original, None without `evaluate`.
+        settings: What was asked for.
+        durations: Seconds that each stage took.
+        versions: Of the software and the machine.
+    """
+
+    points: tuple[SweepPoint, ...]
+    scores: tuple[BlockScore, ...]
+    accuracy: float | None
+    settings: Mapping[str, Any]
+    durations: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """Everything as JSON text."""
+        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
+
+    def __str__(self) -> str:
+        rows = []
+        for previous, point in zip(({}, *(set(p.dropped) for p in self.points)), self.points, strict=False):
+            added = [label for label in point.dropped if label not in previous]
+            latency = point.latency
+            rows.append(
+                [
+                    str(len(point.dropped)),
+                    ", ".join(added),
+                    f"{1e3 * latency.after.median_s:.3f}",
+                    f"{latency.ratio:.3f} [{latency.interval.low:.3f}, {latency.interval.high:.3f}]",
+                    f"{point.recovery_loss:.4g}",
+                    "-" if point.accuracy is None else f"{100 * point.accuracy:.2f} %",
+                ]
+            )
+        headers = ["k", "drops also", "ms", "latency ratio", "recovery loss", "accuracy"]
+        return render(headers, rows)
