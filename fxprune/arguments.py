@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["add_compress", "add_demo", "add_inspect", "add_measure"]
+__all__ = ["add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -78,13 +78,40 @@ def add_inspect(commands: Commands) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="IMAGES/", help="folder of images; labels are not used"
+    )
+    parser.add_argument("--images", type=_positive, default=500, help="calibration images to draw (500)")
+    parser.add_argument("--mean", type=_numbers(float, 3), default=_IMAGENET_MEAN, metavar="R,G,B")
+    parser.add_argument("--std", type=_numbers(float, 3), default=_IMAGENET_STD, metavar="R,G,B")
+
+
+def _add_scoring(parser: argparse.ArgumentParser, selections: tuple[str, ...]) -> None:
+    """What decides about scores, for `compress` and `sweep` alike."""
+    parser.add_argument("--recipe", choices=("fast", "practise"), default="fast")
+    parser.add_argument("--criterion", choices=("recovery", "l2", "kl"), default="recovery")
+    parser.add_argument("--selection", choices=selections, help="how sets are chosen (as the recipe says)")
+    parser.add_argument(
+        "--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)"
+    )
+    parser.add_argument(
+        "--latency-batch", type=_positive, metavar="N", help="batch size of the latency measured"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--tap", metavar="NODE", help="node where features are compared (found in the graph)")
+    parser.add_argument(
+        "--cache-mib", type=_positive, default=2048, metavar="N", help="memory for activations (2048)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
 def add_compress(commands: Commands) -> argparse.ArgumentParser:
     """Arguments of `fxprune compress`."""
     parser = commands.add_parser("compress", help="cut, recover, export")
     _add_model(parser)
-    parser.add_argument(
-        "--data", required=True, metavar="IMAGES/", help="folder of images; labels are not used"
-    )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--k", type=_positive, help="how many regions to cut")
     goal.add_argument("--target-speedup", type=float, metavar="X", help="for instance 1.3")
@@ -92,25 +119,27 @@ def add_compress(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-agreement", type=float, metavar="F", help="least top-1 agreement with the original"
     )
-    parser.add_argument("--out", metavar="OUT/", help="write model.onnx, model.pt2, report.json there")
-    parser.add_argument("--recipe", choices=("fast", "practise"), default="fast")
-    parser.add_argument("--criterion", choices=("recovery", "l2", "kl"), default="recovery")
-    parser.add_argument("--selection", choices=("greedy", "independent", "exact"), default="greedy")
     parser.add_argument(
-        "--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)"
+        "--out",
+        metavar="OUT/",
+        help="write original.onnx, model.onnx, model.pt2, model.safetensors and report.json there; "
+        "a run that was interrupted goes on from the scores it kept there",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--images", type=_positive, default=500, help="calibration images to draw (500)")
-    parser.add_argument("--mean", type=_numbers(float, 3), default=_IMAGENET_MEAN, metavar="R,G,B")
-    parser.add_argument("--std", type=_numbers(float, 3), default=_IMAGENET_STD, metavar="R,G,B")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
-    parser.add_argument("--tap", metavar="NODE", help="node where features are compared (found in the graph)")
     parser.add_argument(
-        "--latency-batch", type=_positive, metavar="N", help="batch size of the latency measured"
+        "--submodule", metavar="PATH", help="compress this part of the network only; files hold the part"
     )
-    parser.add_argument("--submodule", metavar="PATH", help="compress this part of the network only")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    _add_data(parser)
+    _add_scoring(parser, ("greedy", "independent", "exact"))
+    return parser
+
+
+def add_sweep(commands: Commands) -> argparse.ArgumentParser:
+    """Arguments of `fxprune sweep`."""
+    parser = commands.add_parser("sweep", help="latency and recovery loss for every number of cuts")
+    _add_model(parser)
+    parser.add_argument("--out", metavar="OUT/", help="write sweep.json and sweep.svg there, and keep scores")
+    _add_data(parser)
+    _add_scoring(parser, ("greedy", "independent"))
     return parser
 
 

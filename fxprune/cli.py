@@ -1,28 +1,32 @@
-"""The pipeline for the shell: `fxprune demo | inspect | compress | measure`.
+"""The pipeline for the shell: `fxprune demo | inspect | compress | sweep | measure`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
 else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage or options, 130 interrupted.
+
+Under `torchrun` every process runs `compress` and `sweep`; the first one alone prints results and writes files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fxprune.arguments import add_compress, add_demo, add_inspect, add_measure
+from fxprune.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
 from fxprune.errors import FxpruneError, OptionError
 
 __all__ = ["main"]
 
-_HANDED_ON = (
-    *("target_speedup", "target_latency_ms", "min_agreement", "recipe", "criterion", "selection", "backend"),
-    *("device", "kinds", "tap", "images", "latency_batch", "submodule", "seed", "threads", "out"),
+_SCORING = (
+    *("recipe", "criterion", "selection", "backend", "device", "kinds", "tap", "images", "latency_batch"),
+    *("seed", "threads", "out"),
 )
+_GOALS = ("k", "target_speedup", "target_latency_ms", "min_agreement", "submodule")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,34 +111,85 @@ def _inspect(args: argparse.Namespace) -> None:
     _print(args, data, tables(data))
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[bool]:
+    """Meets the other processes where `torchrun` started some; yields whether this one talks to the user."""
+    from fxprune.recovery import parallel
+
+    parallel.ensure_group()
+    try:
+        yield parallel.is_main()
+    finally:
+        parallel.leave_group()
+
+
+def _scoring(args: argparse.Namespace, talks: bool) -> dict[str, Any]:
+    """The keywords that `fxprune.compress` and `fxprune.sweep` share."""
+    return {
+        **{name: getattr(args, name) for name in _SCORING},
+        "cache_bytes": args.cache_mib * 2**20,
+        "ignore": tuple(args.ignore),
+        "progress": talks and not args.no_progress,
+    }
+
+
 def _compress(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.deploy import artifact
 
-    out = None if args.out is None else artifact.check_writable(args.out)
-    model = _model(args)
-    loader = _images(args)
-    example = next(iter(loader))[:1]
-    # a network that is compressed in part need not be traceable as a whole
-    original = model if args.submodule else fxprune.trace(model, example)
-    settings = {name: getattr(args, name) for name in _HANDED_ON}
-    small = fxprune.compress(
-        original, loader, args.k, ignore=tuple(args.ignore), progress=not args.no_progress, **settings
-    )
-    report = fxprune.report(small)
-    text = report.to_json()
-    if out is not None:
-        artifact.write_text_atomic(out / "report.json", text)
-        fxprune.export_onnx(small, out / "model.onnx", (example,))
-        artifact.save(small, out, example_inputs=(example,))
-        fxprune.export_onnx(original, out / "original.onnx", (example,))
+    with _together() as talks:
+        out = None if args.out is None else artifact.check_writable(args.out)
+        model = _model(args)
+        loader = _images(args, talks)
+        example = next(iter(loader))[:1]
+        # a network that is compressed in part need not be traceable as a whole
+        original = model if args.submodule else fxprune.trace(model, example)
+        goals = {name: getattr(args, name) for name in _GOALS}
+        small = fxprune.compress(original, loader, **goals, **_scoring(args, talks))
+        report = fxprune.report(small)
+        if out is not None and talks:
+            before, after, inputs = _parts(args, original, small, example)
+            fxprune.export_onnx(after, out / "model.onnx", inputs)
+            artifact.save(after, out, example_inputs=inputs)
+            fxprune.export_onnx(before, out / "original.onnx", inputs)
+        if talks:
+            _print_report(args, loader, report)
+
+
+def _parts(args: argparse.Namespace, original: Any, small: Any, example: Any) -> tuple[Any, Any, Any]:
+    """What the files hold: both networks, or both states of the part that was compressed, and their inputs."""
+    if not args.submodule:
+        return original, small, (example,)
+    from fxprune.deploy.positional import flat_tensors, positional
+
+    part = small.get_submodule(args.submodule)
+    inputs = part.meta["fxprune_example"]
+    before = original.get_submodule(args.submodule)
+    return positional(before, inputs), positional(part, inputs), flat_tensors(inputs)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    import fxprune
+    from fxprune.files import check_writable
+
+    with _together() as talks:
+        if args.out is not None:
+            check_writable(args.out)
+        model = _model(args)
+        loader = _images(args, talks)
+        report = fxprune.sweep(model, loader, **_scoring(args, talks))
+        if talks:
+            _print_report(args, loader, report)
+
+
+def _print_report(args: argparse.Namespace, loader: Any, report: Any) -> None:
     if loader.unreadable:
         count = len(loader.unreadable)
         print(f"fxprune: skipped {count} image files that could not be read", file=sys.stderr)
-    print(text if args.json else str(report))
+    print(report.to_json() if args.json else str(report))
 
 
-def _images(args: argparse.Namespace) -> Any:
+def _images(args: argparse.Namespace, talks: bool) -> Any:
     from fxprune.sources import load_images
 
     return load_images(
@@ -144,7 +199,7 @@ def _images(args: argparse.Namespace) -> Any:
         std=args.std,
         limit=args.images,
         seed=args.seed,
-        progress=not args.no_progress,
+        progress=talks and not args.no_progress,
     )
 
 
@@ -170,6 +225,7 @@ _COMMANDS = (
     (add_demo, _demo),
     (add_inspect, _inspect),
     (add_compress, _compress),
+    (add_sweep, _sweep),
     (add_measure, _measure),
 )
 

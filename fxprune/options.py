@@ -34,34 +34,47 @@ class FitSettings:
     """One gradient fit.
 
     Attributes:
-        optimizer: `sgd` or `adam`.
+        optimizer: `sgd`, `adam`, or `relative-adam`, whose steps are relative to the size of each output channel's
+            weights: networks whose batch norm was folded away have channels of very different sizes.
         iterations: Steps; 0 leaves the start as it is.
         learning_rate: At the beginning.
         momentum: Of SGD; Adam has its usual moments.
         weight_decay: L2 penalty, coupled as in `torch.optim`.
-        schedule: `step` divides the rate by 10 every 40 % of the iterations, `cosine` lets it fall to zero.
+        schedule: `step` divides the rate by 10 every 40 % of the iterations, `cosine` lets it fall to zero,
+            `constant` keeps it.
         batch_size: Images a step, or all of them if there are fewer.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
         augment: Whether images are cropped and flipped at random.
+        probe: Learning rates to try from the first on, a few steps each; the first that lowers the error on the
+            calibration images is taken instead of `learning_rate`.
     """
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "relative-adam"] = "sgd"
     iterations: int = 1000
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
+    schedule: Literal["step", "cosine", "constant"] = "step"
     batch_size: int = 64
     batch_norm: Literal["eval", "train"] = "eval"
     augment: bool = True
+    probe: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.optimizer in ("sgd", "adam"), f"optimizer is {self.optimizer!r}; choose sgd or adam")
+        optimizers = ("sgd", "adam", "relative-adam")
+        _require(
+            self.optimizer in optimizers,
+            f"optimizer is {self.optimizer!r}; choose from {', '.join(optimizers)}",
+        )
         _require(self.iterations >= 0, f"iterations is {self.iterations}; it must be 0 or more")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        _require(all(rate > 0 for rate in self.probe), f"probe is {self.probe}; every rate must be positive")
         _require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
         _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
-        _require(self.schedule in ("step", "cosine"), f"schedule is {self.schedule!r}; choose step or cosine")
+        schedules = ("step", "cosine", "constant")
+        _require(
+            self.schedule in schedules, f"schedule is {self.schedule!r}; choose from {', '.join(schedules)}"
+        )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be 1 or more")
         _require(
             self.batch_norm in ("eval", "train"), f"batch_norm is {self.batch_norm!r}; choose eval or train"
@@ -69,6 +82,8 @@ class FitSettings:
 
     def rate(self, iteration: int) -> float:
         """The learning rate at an iteration (counted from 0)."""
+        if self.schedule == "constant":
+            return self.learning_rate
         if self.schedule == "cosine":
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
         return float(self.learning_rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
@@ -120,12 +135,14 @@ RECIPES: dict[str, Recipe] = {
             augment=False,
         ),
         mimic=FitSettings(
-            optimizer="adam",
-            iterations=600,
-            learning_rate=1e-3,
+            optimizer="relative-adam",
+            iterations=400,
+            learning_rate=3e-2,
+            probe=(3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5),
             weight_decay=0.0,
             schedule="cosine",
-            batch_norm="eval",
+            batch_size=32,
+            batch_norm="train",
         ),
         fold_first=True,
         selection="greedy",

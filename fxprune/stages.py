@@ -6,6 +6,7 @@ told to the others, so that all of them build the same network.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +24,9 @@ from fxprune.deploy.positional import flat_tensors, positional
 from fxprune.deploy.savings import measure_savings, without
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
 from fxprune.graph.discovery import discover
+from fxprune.graph.extract import ancestors
 from fxprune.graph.labels import Ignore
-from fxprune.graph.regions import Discovery, Kind, Region
+from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
@@ -160,8 +162,8 @@ def open_job(
 ) -> Job:
     """Traces, discovers and finds the tap; every refusal comes from here, before any long work."""
     original = _capture(model, calibration, options.device)
-    found = _discover(original, kinds, ignore, options)
     features = tap(original) if callable(tap) else find_tap(original, tap)
+    found = _discover(original, kinds, ignore, features, options)
     held_back = None
     if options.min_agreement is not None:
         held_back, calibration = calibration.split(0.2, options.seed)
@@ -178,7 +180,9 @@ def open_job(
     )
     store = None
     if folder is not None:
-        key = fingerprint_of(original, calibration, {**options.scoring(), "tap": features})
+        key = fingerprint_of(
+            original, calibration, {**options.scoring(), "tap": features, "threads": torch.get_num_threads()}
+        )
         store = main_first(lambda: ScoreStore(folder / "scores", key))
         scorer = StoredScorer(scorer, store)
     return Job(original, found, features, calibration, held_back, options, scorer, store, bars and is_main())
@@ -227,13 +231,25 @@ def _check_type(model: Any, calibration: CalibrationSet) -> None:
         )
 
 
+def _in_front_of(gm: fx.GraphModule, tap: Sequence[str], found: Discovery) -> Discovery:
+    """Refuses the regions that the tap does not see."""
+    seen = ancestors(gm, tap)
+    behind = tuple(
+        Rejection(r.entry, r.exit, Reason.BEHIND_TAP, (r.exit,), f"the tap is {', '.join(tap)}", r.label)
+        for r in found.regions
+        if r.exit not in seen
+    )
+    return Discovery(tuple(r for r in found.regions if r.exit in seen), found.rejections + behind)
+
+
 def _discover(
     gm: fx.GraphModule,
     kinds: Iterable[str | Kind],
     ignore: Ignore | Sequence[Ignore],
+    tap: Sequence[str],
     options: CompressOptions,
 ) -> Discovery:
-    found = discover(gm, kinds=kinds, ignore=ignore)
+    found = _in_front_of(gm, tap, discover(gm, kinds=kinds, ignore=ignore))
     if not found.regions:
         reasons = "\n".join(
             f"  {r.label or r.exit}: {r.reason.value} ({r.detail})" for r in found.rejections[:20]
@@ -320,11 +336,7 @@ def _check_reach(job: Job) -> None:
     for region in sorted(job.found.regions, key=lambda r: len(r.body)):
         if not any(region.overlaps(other) for other in everything):
             everything.append(region)
-    measured = on_main(
-        lambda: stored_latency(
-            job.store, "furthest", lambda: compare_plans(job, [without(job.original, everything)])
-        )
-    )[0]
+    measured = on_main(lambda: _timed(job, everything))
     if not _meets(job.options, measured):
         raise OptionError(
             f"{_target(job.options)} is out of reach: without all {len(everything)} regions the network takes "
@@ -358,7 +370,7 @@ def _first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
     for plan in planner.path():
         if 1.0 - planner.saving(plan) > wanted + _SLACK:
             continue
-        measured = compare_plans(job, [without(job.original, plan)])[0]
+        measured = _timed(job, plan)
         if _meets(options, measured):
             return plan
     best = (
@@ -369,11 +381,19 @@ def _first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
     raise OptionError(f"{_target(options)} is out of reach: the furthest plan is {best} ({options.backend})")
 
 
+def _timed(job: Job, plan: Sequence[Region]) -> LatencyComparison:
+    """The network without a plan's regions, timed once for all runs that share a folder."""
+    name = hashlib.sha256("\n".join(region.label for region in plan).encode()).hexdigest()
+    return stored_latency(
+        job.store, f"plan-{name[:16]}", lambda: compare_plans(job, [without(job.original, plan)])
+    )[0]
+
+
 def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
     """Cuts the plan's regions, folds adaptors fitted for the whole set, and mimics."""
     maps = {}
     if job.options.recipe.fold_first:
-        fit = job.scorer.fit(plan.regions)
+        fit = fit_all(job.scorer, [plan.regions])[0]
         maps = dict(fit.maps)
         plan = DropPlan(plan.scores, plan.regions, fit.loss)
     recovered = recover(

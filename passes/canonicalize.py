@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxprune.graph import operators as ops
 from fxprune.passes.base import FxPass
 
 __all__ = ["Canonicalize"]
@@ -40,9 +41,10 @@ def _is_impure(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it: it may change something else."""
     if node.op in ("placeholder", "output"):
         return True
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        return owner is None or bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
-    return node.is_impure() or str(getattr(node.target, "__name__", "")).startswith(("i", "_assert"))
+    owner = node.graph.owning_module
+    if owner is None or ops.mutated_input(owner, node) is not None:
+        return True
+    if node.op in ("call_module", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", ""))
+    return bool(node.is_impure()) or name == "setitem" or name.startswith("_assert")

@@ -99,7 +99,8 @@ class OperatorIndex:
         owners: Counter[int] = Counter()
         for node in gm.graph.nodes:
             if node.op == "call_module":
-                owners.update(id(p) for p in gm.get_submodule(str(node.target)).parameters())
+                module = ops.module_of(gm, node)
+                owners.update(id(p) for p in (module.parameters() if module is not None else ()))
             elif node.op == "get_attr":
                 value = _fetch(gm, str(node.target))
                 if isinstance(value, nn.Parameter):
@@ -124,7 +125,7 @@ class OperatorIndex:
 
     def _read(self, node: fx.Node) -> DenseOperator | None:
         if node.op == "call_module":
-            module = self._gm.get_submodule(str(node.target))
+            module = ops.module_of(self._gm, node)
             if isinstance(module, nn.MultiheadAttention):
                 return self._attention(node, module)
             for kind, layout in _MODULE_LAYOUTS:
@@ -256,7 +257,9 @@ class OperatorIndex:
             channel_dim=-1,
             data=tuple(s.name for s in sources if isinstance(s, fx.Node)),
             output=items[0].name,
-            refusal=refusal or self._tensor_refusal(module.out_proj.weight),
+            refusal=refusal
+            or self._tensor_refusal(module.in_proj_weight)
+            or self._tensor_refusal(module.out_proj.weight),
         )
 
 

@@ -75,7 +75,8 @@ def discover(
     found.sort(key=lambda r: (position[r.exit], position[r.entry], r.kind.value))
     labelled = with_unique_labels(found)
     kept = ignore_rule(gm, ignore, labelled)
-    refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r not in kept)
+    left = {region.label for region in kept}
+    refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r.label not in left)
     refused.sort(key=lambda r: position[r.exit])
     return Discovery(tuple(kept), tuple(refused))
 

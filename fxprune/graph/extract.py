@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-__all__ = ["between", "descendants", "share"]
+__all__ = ["ancestors", "between", "descendants", "share"]
 
 
 def share(gm: fx.GraphModule) -> fx.GraphModule:
@@ -16,12 +16,11 @@ def share(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(gm.graph, val_map)
     if output is not None:
         graph.output(output)
+    graph._codegen = gm.graph._codegen
     copy = fx.GraphModule(gm, graph, type(gm).__name__)
     names = {node: new.name for node, new in val_map.items()}
     assert all(node.name == name for node, name in names.items())  # records speak of nodes by name
-    copy.graph._codegen = gm.graph._codegen
     copy.meta = dict(gm.meta)
-    copy.recompile()
     return copy
 
 
@@ -57,6 +56,15 @@ def between(gm: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
     graph.output(tuple(mapped[nodes[name]] for name in outputs))
     return fx.GraphModule(gm, graph, "Part")
+
+
+def ancestors(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
+    """The named nodes and everything they are computed from."""
+    found = set(names)
+    for node in reversed(gm.graph.nodes):
+        if node.name in found:
+            found.update(source.name for source in node.all_input_nodes)
+    return found
 
 
 def descendants(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:

@@ -152,7 +152,12 @@ LAYOUT = frozenset(
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a `call_module` node calls, None for other nodes."""
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.op != "call_module":
+        return None
+    module: nn.Module = gm
+    for part in str(node.target).split("."):
+        module = module._modules[part]  # type: ignore[assignment]  # get_submodule, without its checks: it is hot
+    return module
 
 
 def _function_name(target: Any) -> str:

@@ -159,8 +159,8 @@ class _Walk:
         """Inputs of a node that carry the stream, once the regions are dropped."""
         shape = ops.shape_of(node)
         for source in ops.data_inputs(node):
-            region = self._bypass.get(source.name)
-            source = self._nodes[region.bypass] if region is not None else source
+            while source.name in self._bypass:  # regions that follow one another are passed over together
+                source = self._nodes[self._bypass[source.name].bypass]
             if len(node.all_input_nodes) == 1 or ops.shape_of(source) == shape or shape is None:
                 yield source
 

@@ -36,6 +36,7 @@ class Reason(str, Enum):
     NO_COMMON_ENTRY = "the operands share no entry inside the network"
     NO_OPERATOR = "no operator with weights inside, so nothing would be saved"
     MUTATED_ENTRY = "an in-place operator changes the entry, which is used elsewhere too"
+    BEHIND_TAP = "behind the tap, where features are compared, so what it costs cannot be judged"
     KIND = "of a kind that was not asked for"
     IGNORED = "ignored at the user's request"
 

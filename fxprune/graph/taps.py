@@ -63,7 +63,7 @@ def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a pooling or mean reduces all spatial dimensions of one feature map to one position."""
     if ops.op_name(gm, node) not in _POOLS or not node.all_input_nodes:
         return False
-    before, after = ops.shape_of(node.all_input_nodes[0]), ops.shape_of(node)
+    before, after = ops.shape_of(node.all_input_nodes[0]), _first_shape(node)
     if before is None or after is None or len(before) < 3:
         return False
     elements = 1
@@ -71,6 +71,14 @@ def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
         elements *= size
     channels = before[1] if len(before) > 3 or elements == before[1] else before[-1]
     return elements in (channels, before[-1]) and _size(before) > _size(after)
+
+
+def _first_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of the result, or of its first part: ATen's maximum pooling returns the positions too."""
+    meta = node.meta.get("tensor_meta")
+    if meta is not None and not hasattr(meta, "shape"):
+        meta = meta[0]
+    return None if meta is None else tuple(meta.shape)
 
 
 def _size(shape: tuple[int, ...]) -> int:

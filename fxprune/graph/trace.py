@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
-from fxprune.errors import OptionError, TraceError
+from fxprune.errors import GraphError, OptionError, TraceError
 from fxprune.graph.mutation import show_mutation
 from fxprune.graph.shapes import propagate_shapes
 
@@ -161,6 +161,22 @@ def _check_same_function(
     return gm
 
 
+@torch.no_grad()
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tells inputs that the network does not take from a network that cannot be traced."""
+    if not (args or kwargs):
+        return
+    given = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        model(*given[0], **given[1])
+    except Exception as error:  # whatever the network raises, the examples are what it raised it on
+        shapes = [tuple(t.shape) for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+        raise GraphError(
+            f"the network does not run on example inputs of shape {shapes}: {error}; give inputs of the shape, type "
+            "and device that the network takes"
+        ) from error
+
+
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     lines = [f"{type(model).__name__} cannot be traced:"]
     for front_end, error in failures.items():
@@ -241,4 +257,5 @@ def _capture(
                 return _check_same_function(private, _finish(route(), args, kwargs), args, kwargs)
             except Exception as error:  # any failure of a front end is a refusal to report
                 failures[name] = error
+    _check_runs(private, args, kwargs)
     raise _refuse(model, failures) from next(iter(failures.values()))

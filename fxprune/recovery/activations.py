@@ -14,17 +14,28 @@ from fxprune.graph.operators import shape_of, tensor_meta
 from fxprune.graph.shapes import bind
 from fxprune.recovery.calibration import CalibrationSet
 
-__all__ = ["Activations", "bytes_per_image"]
+__all__ = ["Activations", "bytes_per_image", "example_batch", "rows_per_image"]
+
+
+def example_batch(gm: fx.GraphModule) -> int:
+    """Batch size of the example that the graph's shapes come from."""
+    shapes = (shape_of(node) for node in gm.graph.find_nodes(op="placeholder"))
+    return next((shape[0] for shape in shapes if shape), 1)
+
+
+def rows_per_image(node: fx.Node, batch: int) -> int:
+    """Entries of dimension 0 that one image takes; 0 where dimension 0 does not grow with the batch."""
+    shape = shape_of(node)
+    return 0 if not shape or shape[0] % batch else shape[0] // batch
 
 
 def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
     """Memory that the values of some nodes take for one image."""
+    batch = example_batch(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    total = 0
-    for name in set(names):
-        shape = shape_of(nodes[name]) or ()
-        total += prod(shape) // max(1, shape[0] if shape else 1) * tensor_meta(nodes[name]).dtype.itemsize
-    return total
+    return sum(
+        prod(shape_of(nodes[n]) or ()) // batch * tensor_meta(nodes[n]).dtype.itemsize for n in set(names)
+    )
 
 
 class _Keeper(fx.Interpreter):
@@ -32,12 +43,11 @@ class _Keeper(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, names: Iterable[str]) -> None:
         super().__init__(gm)
-        self._names = set(names)
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in self._names}
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self._names:
+        if n.name in self.kept:
             self.kept[n.name].append(
                 value.detach().clone()
             )  # a later in-place operator may change the original
@@ -48,8 +58,8 @@ class Activations:
     """Values of some nodes for as many calibration images as the budget holds.
 
     Args:
-        gm: The original network, on `device`.
-        names: Nodes to keep.
+        gm: The original network, with shapes, on `device`.
+        names: Nodes to keep; dimension 0 of each must grow with the batch.
         calibration: The images.
         device: Where to run and keep.
         budget: Bytes; where all images do not fit, the first ones that do are used.
@@ -77,20 +87,29 @@ class Activations:
                 f"({size / 2**20:.1f} MiB each); raise cache_bytes, or use smaller images"
             )
         self.bytes = size * self.images
+        batch = example_batch(gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        self._rows = {name: rows_per_image(nodes[name], batch) for name in names}
         keeper = _Keeper(gm, names)
+        left = self.images
         with torch.no_grad():
-            for batch in calibration.batches(batch_size):
-                left = self.images - sum(t.shape[0] for t in next(iter(keeper.kept.values()), []))
-                if left <= 0:
-                    break
-                inputs = (
-                    batch.to(device)
-                    if batch.batch_size <= left
-                    else batch.select(torch.arange(left)).to(device)
-                )
+            for images in calibration.batches(batch_size):
+                taken = images if images.batch_size <= left else images.select(torch.arange(left))
+                inputs = taken.to(device)
                 keeper.run(*bind(gm, inputs.args, inputs.kwargs), enable_io_processing=False)
+                left -= taken.batch_size
+                if left == 0:
+                    break
         self._values = {name: torch.cat(parts) for name, parts in keeper.kept.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
-        """The values of a node, `[images, ...]`."""
-        return self._values[name]
+    def first(self, name: str, stop: int, start: int = 0) -> Tensor:
+        """A copy of a node's values for the images from `start` to `stop`."""
+        rows = self._rows[name]
+        return self._values[name][start * rows : stop * rows].clone()
+
+    def select(self, name: str, images: Tensor) -> Tensor:
+        """A copy of a node's values for some images (int64 indices)."""
+        rows, values = self._rows[name], self._values[name]
+        if rows == 1:
+            return values.index_select(0, images)
+        return values.view(self.images, rows, *values.shape[1:]).index_select(0, images).flatten(0, 1)

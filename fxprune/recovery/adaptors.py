@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
@@ -19,7 +19,7 @@ from fxprune.passes import Adaptor, DropRegions, InsertAdaptors
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.mimic import FeatureReader, fit_features, mean_feature_loss, surviving_tap
 
-__all__ = ["AdaptorFit", "Candidate", "fit_end_to_end"]
+__all__ = ["AdaptorFit", "Candidate", "adaptor_weights", "fit_end_to_end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class Candidate:
         return {site: adaptor.weight.detach().clone() for site, adaptor in self.adaptors.items()}
 
 
+def adaptor_weights(part: fx.GraphModule) -> list[nn.Parameter]:
+    """Weights of the adaptors that a part computes with; one behind the tap, on the classifier, stays the identity."""
+    return [module.weight for module in part.modules() if isinstance(module, Adaptor)]
+
+
 def fit_end_to_end(
     gm: fx.GraphModule,
     regions: Sequence[Region],
@@ -94,7 +99,7 @@ def fit_end_to_end(
     candidate = Candidate(gm, regions, tap)
     teacher, student = FeatureReader(gm, tap), FeatureReader(candidate.graph, candidate.tap)
     before = mean_feature_loss(teacher, student, calibration, device=device)
-    parameters = [adaptor.weight for adaptor in candidate.adaptors.values()]
+    parameters = adaptor_weights(student.part)
     if parameters and settings.iterations:
         title = ", ".join(region.label for region in regions)
         fit_features(

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from fxprune.errors import GraphError
 from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.dominance import flow_nodes
 from fxprune.graph.extract import between, descendants
 from fxprune.graph.regions import Region, Side
 from fxprune.options import FitSettings
-from fxprune.recovery.activations import Activations
-from fxprune.recovery.adaptors import AdaptorFit, Candidate
+from fxprune.recovery.activations import Activations, example_batch, rows_per_image
+from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.least_squares import start_pre_adaptors
 from fxprune.recovery.mimic import feature_loss, optimise
@@ -55,6 +57,14 @@ class CachedScorer:
     ) -> None:
         self._gm = gm
         self._tap = tuple(tap)
+        flow, batch = flow_nodes(gm), example_batch(gm)
+        loose = [name for name in self._tap if rows_per_image(flow[name], batch) == 0]
+        if loose:
+            raise GraphError(
+                f"dimension 0 of the tap {', '.join(loose)} does not grow with the batch, so it cannot be cached; name "
+                "another tap, or use a recipe with scorer='end-to-end'",
+                nodes=loose,
+            )
         self._calibration = calibration
         self._settings = settings
         self._device = device
@@ -110,12 +120,12 @@ class CachedScorer:
 
     def _start(self, work: _Work, cache: Activations) -> None:
         count = min(self._start_images, cache.images)
-        inputs = [cache[name][:count].clone() for name in work.frontier]
-        targets = {operator: cache[name][:count] for operator, name in work.targets.items()}
+        inputs = [cache.first(name, count) for name in work.frontier]
+        targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
         start_pre_adaptors(work.part, inputs, targets)
 
     def _descend(self, work: _Work, cache: Activations) -> None:
-        parameters = [adaptor.weight for adaptor in work.candidate.adaptors.values()]
+        parameters = adaptor_weights(work.part)
         if not parameters or not self._settings.iterations:
             return
         generator = torch.Generator().manual_seed(self._seed)
@@ -127,8 +137,8 @@ class CachedScorer:
                 if len(order) < batch:
                     order = torch.randperm(cache.images, generator=generator)
                 chosen, order = order[:batch].to(self._device), order[batch:]
-                features = work.part(*(cache[name].index_select(0, chosen) for name in work.frontier))
-                yield feature_loss(features, [cache[name].index_select(0, chosen) for name in self._tap])
+                features = work.part(*(cache.select(name, chosen) for name in work.frontier))
+                yield feature_loss(features, [cache.select(name, chosen) for name in self._tap])
 
         title = ", ".join(region.label for region in work.candidate.regions)
         for parameter in parameters:
@@ -140,36 +150,31 @@ class CachedScorer:
 
 
 class _Work:
-    """A candidate cut down to what its adaptors change."""
+    """A candidate cut down to what its adaptors change.
+
+    Attributes:
+        frontier: Values that the changed part reads and that can be cached: the same in the original, computed from
+            its inputs, one entry of dimension 0 for each image. Sizes and constants are computed anew.
+        part: From the frontier to the tap.
+        targets: Name of the node that each PRE operator read in the original, by operator.
+    """
 
     def __init__(self, gm: fx.GraphModule, candidate: Candidate, index: OperatorIndex) -> None:
         self.candidate = candidate
-        graph = candidate.graph.graph
-        adaptors = candidate.adaptor_nodes()
-        dropped = {name for region in candidate.regions for name in region.body}
-        changed = descendants(candidate.graph, adaptors)
-        changed |= descendants(candidate.graph, _below_cut(candidate))
-        nodes = {node.name: node for node in graph.nodes}
-        needed = _ancestors(nodes, candidate.tap)
-        self.frontier = list(
-            dict.fromkeys(
-                source.name
-                for node in graph.nodes
-                if node.name in changed and node.name in needed and node.op != "output"
-                for source in node.all_input_nodes
-                if source.name not in changed
-                and source.op != "get_attr"
-                and source.meta.get("tensor_meta") is not None
-            )
-        )
-        outside = [name for name in candidate.tap if name not in changed]
-        self.frontier += [name for name in outside if name not in self.frontier]
+        flow, batch = flow_nodes(gm), example_batch(gm)
+        cacheable = {name for name, node in flow.items() if rows_per_image(node, batch) == 1}
+        nodes = {node.name: node for node in candidate.graph.graph.nodes}
+        changed = descendants(candidate.graph, [*candidate.adaptor_nodes(), *_below_cut(candidate)])
+        self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
+        gone = {n for r in candidate.regions for n in r.body if n not in nodes} - {
+            r.exit for r in candidate.regions
+        }
+        reads = {s.operator: index[s.operator].data[0] for s in candidate.adaptors if s.side is Side.PRE}
         self.targets: Mapping[str, str] = {
-            site.operator: index[site.operator].data[0]
-            for site in candidate.adaptors
-            if site.side is Side.PRE
-            and index[site.operator].data[0] not in dropped - {r.exit for r in candidate.regions}
+            operator: name
+            for operator, name in reads.items()
+            if name not in gone and name in flow and rows_per_image(flow[name], batch)
         }
 
     def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 64) -> float:
@@ -177,9 +182,30 @@ class _Work:
         total = 0.0
         for start in range(0, images, batch_size):
             stop = min(start + batch_size, images)
-            features = self.part(*(cache[name][start:stop].clone() for name in self.frontier))
-            total += float(feature_loss(features, [cache[name][start:stop] for name in tap])) * (stop - start)
+            features = self.part(*(cache.first(name, stop, start) for name in self.frontier))
+            total += float(feature_loss(features, [cache.first(name, stop, start) for name in tap])) * (
+                stop - start
+            )
         return total / images
+
+
+def _frontier(
+    nodes: Mapping[str, fx.Node], tap: Sequence[str], changed: set[str], cacheable: set[str]
+) -> list[str]:
+    """The first unchanged, cacheable values on every way back from the tap, in graph order."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    stack = list(tap)
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name not in changed and name in cacheable:
+            found.add(name)
+        else:
+            stack.extend(source.name for source in nodes[name].all_input_nodes)
+    return [name for name in nodes if name in found]
 
 
 def _below_cut(candidate: Candidate) -> list[str]:
@@ -192,14 +218,3 @@ def _below_cut(candidate: Candidate) -> list[str]:
         for user in names[region.bypass].users
         if user.op != "output"
     ]
-
-
-def _ancestors(nodes: Mapping[str, fx.Node], names: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    stack = list(names)
-    while stack:
-        name = stack.pop()
-        if name not in found:
-            found.add(name)
-            stack.extend(source.name for source in nodes[name].all_input_nodes)
-    return found

@@ -83,26 +83,31 @@ class Planner:
                 yield plan
 
     def _greedy(self) -> Iterator[tuple[Region, ...]]:
-        """Lazy greedy: a set's score seldom falls when the set grows, so only the most promising are scored again."""
+        """Lazy greedy: only the most promising regions are scored again.
+
+        What a region adds to the loss of a set seldom falls when the set grows, so what it added to an earlier,
+        smaller set bounds its score from below.
+        """
         plan: tuple[Region, ...] = ()
-        stale = {region.label: self._scores[region.label].score for region in self._usable}
+        loss = 0.0
+        added = {region.label: self._scores[region.label].recovery_loss for region in self._usable}
         left = list(self._usable)
         while left:
             fresh: dict[str, float] = {}
-            while plan:
-                best = min(left, key=lambda r: (fresh.get(r.label, stale[r.label]), self._order[r.label]))
-                if best.label in fresh:
-                    break
-                value = self._score((*plan, best))
-                fresh[best.label] = stale[best.label] = value
-            chosen = min(left, key=lambda r: (stale[r.label], self._order[r.label]))
-            plan = (*plan, chosen)
-            left = [r for r in left if not r.overlaps(chosen)]
-            yield plan
 
-    def _score(self, plan: Sequence[Region]) -> float:
-        ordered = self._sorted(plan)
-        return float(self._joint_loss([ordered])[0]) / self.saving(ordered)
+            def bound(region: Region) -> tuple[float, int]:
+                value = (loss + added[region.label]) / self.saving((*plan, region))  # noqa: B023  (used at once)
+                return value, self._order[region.label]
+
+            best = min(left, key=bound)
+            while plan and best.label not in fresh:
+                fresh[best.label] = float(self._joint_loss([self._sorted((*plan, best))])[0])
+                added[best.label] = fresh[best.label] - loss
+                best = min(left, key=bound)
+            loss += added[best.label]
+            plan = (*plan, best)
+            left = [region for region in left if not region.overlaps(best)]
+            yield plan
 
     def _exact(self, k: int) -> tuple[Region, ...]:
         if k > len(self._usable):

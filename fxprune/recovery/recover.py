@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
-from fxprune.options import Recipe
+from fxprune.options import FitSettings, Recipe
 from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.mimic import (
@@ -26,6 +27,9 @@ __all__ = ["Recovered", "cut_and_fold", "recover"]
 
 
 logger = logging.getLogger(__name__)
+
+PROBE_STEPS = 8
+"""Steps that each learning rate of a probe is tried for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +121,59 @@ def recover(
     teacher_reader = FeatureReader(gm, tap)
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
-    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    after = before
     parameters = trainable_parameters(student_reader.part)
     if parameters and recipe.mimic.iterations:
-        fit_features(
-            teacher_reader,
-            student_reader,
-            parameters,
-            calibration,
-            recipe.mimic,
-            device=device,
-            seed=seed,
-            progress=progress,
-            title="mimicking",
-        )
-    after = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
-    if not after < before:
-        logger.warning("mimicking raised the feature error from %.4g to %.4g, so it was undone", before, after)
-        student.load_state_dict(start)
-        after = before
+
+        def fit(settings: FitSettings, bars: bool) -> None:
+            fit_features(
+                teacher_reader,
+                student_reader,
+                parameters,
+                calibration,
+                settings,
+                device=device,
+                seed=seed,
+                progress=bars,
+                title="mimicking",
+                shared=True,
+            )
+
+        def error() -> float:
+            return mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+
+        start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        settings = _probed(recipe.mimic, fit, error, before, lambda: student.load_state_dict(start))
+        fit(settings, progress)
+        after = error()
+        if not after < before:
+            logger.warning(
+                "mimicking raised the feature error from %.4g to %.4g, so it was undone", before, after
+            )
+            student.load_state_dict(start)
+            after = before
     return Recovered(student, before, after, fold_error)
+
+
+def _probed(
+    settings: FitSettings,
+    fit: Callable[[FitSettings, bool], None],
+    error: Callable[[], float],
+    before: float,
+    reset: Callable[[], object],
+) -> FitSettings:
+    """The settings with the highest learning rate of `probe` that lowers the error within a few steps."""
+    if not settings.probe or settings.iterations <= PROBE_STEPS:
+        return settings
+    for rate in settings.probe:
+        trial = replace(settings, learning_rate=rate, iterations=PROBE_STEPS, schedule="constant")
+        try:
+            fit(trial, False)
+            useful = error() < before
+        except CalibrationError:  # the loss left the finite numbers
+            useful = False
+        reset()
+        if useful:
+            break
+    logger.info("mimicking with a learning rate of %g", rate)
+    return replace(settings, learning_rate=rate)

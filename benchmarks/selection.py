@@ -1,0 +1,217 @@
+"""What each way of choosing reaches after recovery: independent, greedy, and exact where the sets are few.
+
+    python -m benchmarks.selection --model resnet56 --k 2,4,8,12 [--seeds 3]
+
+Choosing and recovering see the few calibration images only; the test set serves for the last column. Savings are
+measured once, so that selections and seeds differ in nothing else. A set chosen twice is recovered once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import data, subjects
+from benchmarks.runs import mean_and_spread
+from fxprune.errors import OptionError
+from fxprune.graph.regions import Region
+from fxprune.options import RECIPES, Recipe, Selection
+from fxprune.recovery.parallel import fit_all
+from fxprune.recovery.planning import Planner
+from fxprune.recovery.selection import BlockScore, DropPlan
+from fxprune.stages import Job, repair, using_threads
+from fxprune.tables import render
+
+__all__ = ["main"]
+
+SELECTIONS: tuple[Selection, ...] = ("independent", "greedy", "exact")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    arguments = _parse(argv)
+    recipe = _recipe(arguments)
+    with using_threads(arguments.threads):
+        settings = subjects.settings_of(arguments) | {
+            "recipe": dataclasses.asdict(recipe),
+            "threads": torch.get_num_threads(),
+        }
+        name = arguments.out or f"selection_{arguments.model}"
+        notebook = subjects.Notebook(name, settings, arguments.seed)
+        test = None if arguments.random else _test_images(arguments)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            _run_seed(seed, recipe, test, notebook, arguments)
+        _print(notebook.put("summary", _summary(notebook, arguments)))
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    recipe = RECIPES["fast"]
+    for stage in ("adaptor", "mimic"):
+        iterations = getattr(arguments, f"{stage}_iterations")
+        if iterations is not None:
+            fit = dataclasses.replace(getattr(recipe, stage), iterations=iterations)
+            recipe = dataclasses.replace(recipe, **{stage: fit})
+    return recipe
+
+
+def _test_images(arguments: argparse.Namespace) -> data.LabelledImages:
+    if subjects.MODELS[arguments.model].photographs:
+        return data.photographs("held_out", arguments.data)
+    return data.cifar10_test(arguments.data)
+
+
+def _run_seed(
+    seed: int,
+    recipe: Recipe,
+    test: data.LabelledImages | None,
+    notebook: subjects.Notebook,
+    arguments: argparse.Namespace,
+) -> None:
+    subject = subjects.subject_of(
+        arguments.model, arguments.images, seed, random=arguments.random, data_path=arguments.data
+    )
+    job = subjects.job_of(subject, recipe=recipe, seed=seed, device=arguments.device)
+    savings = notebook.once("savings", lambda: subjects.savings_of(job))
+    losses = notebook.once(f"{seed}/losses", lambda: _losses(job))
+    if test is not None:
+        notebook.once("accuracy before", lambda: data.accuracy(subject.model, test.images, test.labels))
+    scores = subjects.block_scores(job.found.regions, losses["losses"], savings)
+    known = {region.label: region for region in job.found.regions}
+    for k in arguments.k:
+        for selection in SELECTIONS:
+            key = f"{seed}/{k}/{selection}"
+            choice = notebook.once(key, partial(_choice, job, scores, k, selection))
+            if choice["chosen"] is None:
+                print(f"seed {seed}, k {k}, {selection}: {choice['refusal']}", flush=True)
+                continue
+            regions = [known[label] for label in choice["chosen"]]
+            reached = notebook.once(
+                f"{seed}/set/{','.join(choice['chosen'])}", partial(_reach, job, scores, regions, test)
+            )
+            print(
+                f"seed {seed}, k {k}, {selection}: {_percent(reached['accuracy'])} without "
+                f"{', '.join(choice['chosen'])}",
+                flush=True,
+            )
+
+
+def _losses(job: Job) -> dict[str, Any]:
+    begun = time.perf_counter()
+    fits = fit_all(job.scorer, [[region] for region in job.found.regions])
+    losses = {region.label: fit.loss for region, fit in zip(job.found.regions, fits, strict=True)}
+    return {"losses": losses, "seconds": time.perf_counter() - begun}
+
+
+def _choice(job: Job, scores: Sequence[BlockScore], k: int, selection: Selection) -> dict[str, Any]:
+    """Choose a set; a selection that cannot is noted with its reason."""
+    asked = 0
+
+    def joint_loss(sets: Sequence[Sequence[Region]]) -> list[float]:
+        nonlocal asked
+        asked += len(sets)
+        return [job.scorer.estimate(regions) for regions in sets]
+
+    planner = Planner(scores, joint_loss, selection)
+    begun = time.perf_counter()
+    try:
+        chosen = planner.of_size(k)
+    except OptionError as refusal:
+        return {"chosen": None, "refusal": str(refusal)}
+    return {
+        "chosen": [region.label for region in chosen],
+        "seconds": time.perf_counter() - begun,
+        "sets_scored": asked,
+        "saving": planner.saving(chosen),
+        "estimate": job.scorer.estimate(chosen),
+    }
+
+
+def _reach(
+    job: Job, scores: Sequence[BlockScore], regions: Sequence[Region], test: data.LabelledImages | None
+) -> dict[str, Any]:
+    """Recover the network without a set, and measure it."""
+    begun = time.perf_counter()
+    recovered, plan = repair(job, DropPlan(tuple(scores), tuple(regions)))
+    seconds = time.perf_counter() - begun
+    accuracy = None
+    if test is not None:
+        accuracy = data.accuracy(recovered.graph.to("cpu"), test.images, test.labels)
+    return {
+        "joint_loss": plan.recovery_loss,
+        "loss_after": recovered.loss_after,
+        "accuracy": accuracy,
+        "recovery_seconds": seconds,
+    }
+
+
+def _summary(notebook: subjects.Notebook, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each k and selection, over the seeds."""
+    rows = []
+    for k in arguments.k:
+        for selection in SELECTIONS:
+            runs = []
+            for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+                choice = notebook.entries[f"{seed}/{k}/{selection}"]
+                if choice["chosen"] is not None:
+                    runs.append(choice | notebook.entries[f"{seed}/set/{','.join(choice['chosen'])}"])
+            if runs:
+                rows.append({"k": k, "selection": selection} | _row(runs))
+    return rows
+
+
+def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("saving", "joint_loss", "loss_after", "seconds", "recovery_seconds", "sets_scored")
+    row: dict[str, Any] = {name: mean_and_spread([run[name] for run in runs])[0] for name in names}
+    measured = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+    row["accuracy"], row["accuracy_spread"] = mean_and_spread(measured) if measured else (None, None)
+    return row | {"seeds": len(runs), "chosen": [", ".join(run["chosen"]) for run in runs]}
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    headers = ("k", "selection", "seeds", "sum of savings, %", "joint loss", "loss after", "choosing, s", "sets scored",
+               "recovery, s", "top-1", "spread")  # fmt: skip
+    cells = [
+        (
+            row["k"],
+            row["selection"],
+            row["seeds"],
+            100 * row["saving"],
+            row["joint_loss"],
+            row["loss_after"],
+            row["seconds"],
+            row["sets_scored"],
+            row["recovery_seconds"],
+            _percent(row["accuracy"]),
+            _percent(row["accuracy_spread"]),
+        )
+        for row in rows
+    ]
+    print(render(headers, cells))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.selection", description=(__doc__ or "").split("\n")[0]
+    )
+    subjects.add_arguments(parser, model="resnet56")
+    parser.add_argument("--k", type=subjects.counts, default=(2, 4, 8, 12), help="default: 2,4,8,12")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many, from --seed on (default: %(default)s)"
+    )
+    parser.add_argument("--adaptor-iterations", type=int, help="fewer than the recipe's, for a quick trial")
+    parser.add_argument("--mimic-iterations", type=int, help="fewer than the recipe's, for a quick trial")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Stand-ins that make a test of `compress` quick and repeatable: latencies counted instead of measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from fxprune.options import RECIPES, Recipe
+from fxprune.records import Interval, Latency, LatencyComparison
+
+__all__ = ["brief", "comparison", "count_latency"]
+
+
+def comparison(
+    before_s: float, after_s: float, *, spread: float = 1e-3, batch: tuple[int, ...] = (8, 3, 16, 16)
+) -> LatencyComparison:
+    """A comparison of two latencies, in whatever unit, whose interval is `ratio` +- `spread`."""
+
+    def latency(seconds: float) -> Latency:
+        return Latency("torch", "counted", batch, 1, seconds, seconds, 0.0, 10)
+
+    ratio = after_s / before_s
+    return LatencyComparison(
+        latency(before_s), latency(after_s), ratio, Interval(ratio - spread, ratio + spread)
+    )
+
+
+def _cost(network: object) -> float:
+    assert isinstance(network, nn.Module)
+    return 1e-6 * (1 + sum(p.numel() for p in network.parameters()))
+
+
+def count_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets latency be the number of parameters, in microseconds, wherever networks are compared."""
+
+    def compare(
+        before: object, candidates: Sequence[object], inputs: Sequence[Tensor], **rest: Any
+    ) -> tuple[LatencyComparison, ...]:
+        shape = tuple(inputs[0].shape)
+        return tuple(comparison(_cost(before), _cost(c), batch=shape) for c in candidates)
+
+    monkeypatch.setattr("fxprune.deploy.latency.compare", compare)
+    monkeypatch.setattr("fxprune.deploy.savings.compare", compare)
+
+
+def brief(name: str = "fast", *, adaptor: int = 1, mimic: int = 1) -> Recipe:
+    """A known recipe, cut down to a few iterations."""
+    recipe = RECIPES[name]
+    return replace(
+        recipe,
+        adaptor=replace(recipe.adaptor, iterations=adaptor, batch_size=4),
+        mimic=replace(recipe.mimic, iterations=mimic, batch_size=4),
+    )

@@ -1,0 +1,265 @@
+"""The speed benchmarks parse what they say they do, run on noise alone, and keep what they have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, environment, scale, scoring, selection, stability, subjects
+from benchmarks.models.cifar_resnet import resnet
+from fxprune import stages
+from fxprune.errors import OptionError
+from fxprune.graph.discovery import discover
+from fxprune.options import RECIPES
+from fxprune.records import Interval, Latency, LatencyComparison
+
+TINY = ["--model", "resnet20", "--random", "--images", "4"]
+REGIONS = 4  # ResNet-14 has six blocks, two of which change the shape
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = subjects.Model(partial(resnet, 14), 16, "resnet20_cifar10")
+    monkeypatch.setattr(subjects, "MODELS", {**subjects.MODELS, "resnet20": tiny})
+
+
+@pytest.fixture(autouse=True)
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Savings that grow with the number of candidates, instead of timing on whatever machine this is."""
+
+    def fake(*arguments: Any, **settings: Any) -> tuple[LatencyComparison, ...]:
+        return tuple(comparison(0.9 - 0.01 * i) for i in range(len(arguments[1])))
+
+    monkeypatch.setattr(stages, "measure_savings", fake)
+    monkeypatch.setattr(subjects, "measure_savings", fake)
+    monkeypatch.setattr(stages.timing, "compare", fake)
+
+
+def comparison(ratio: float) -> LatencyComparison:
+    one = Latency("torch", "none", (8, 3, 32, 32), 1, 1e-3, 1e-3, 0.0, 10)
+    return LatencyComparison(one, one, ratio, Interval(ratio - 1e-3, ratio + 1e-3))
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return loaded
+
+
+@pytest.mark.parametrize("script", [scoring, selection, stability, end_to_end, scale])
+def test_help_and_unknown_options(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert "--threads" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--no-such-option"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--growth", "depth"], "depth"), (["--recipes", "slow"], "slow"), (["--block-models", "vgg"], "vgg")],
+)
+def test_end_to_end_refuses_unknown_words(
+    arguments: Sequence[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        end_to_end.main(arguments)
+    assert f"knows no {complaint}" in capsys.readouterr().err
+
+
+def test_lists_of_numbers_and_words() -> None:
+    assert subjects.counts("100, 250,500") == (100, 250, 500)
+    assert subjects.words(" a, b,") == ("a", "b")
+    assert subjects.words("") == ()
+    with pytest.raises(ValueError, match="invalid literal"):
+        subjects.counts("1,x")
+
+
+# The second example has ties: mean ranks 1.5 1.5 3 4 against 1 2 3 4, so 4.5 / sqrt(4.5 * 5).
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1, 2, 3, 9], [10, 20, 30, 31], 1.0),
+        ([5, 5, 6, 7], [1, 2, 3, 4], 0.9486833),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+    ],
+)
+def test_spearman(first: list[float], second: list[float], expected: float) -> None:
+    assert scoring.spearman(first, second) == pytest.approx(expected)
+
+
+def test_spearman_of_constants_is_undefined() -> None:
+    assert scoring.spearman([1.0, 1.0], [1.0, 2.0]) != scoring.spearman([1.0, 1.0], [1.0, 2.0])
+    assert scoring.spearman([1.0], [1.0]) != scoring.spearman([1.0], [1.0])
+
+
+def test_scaling_counts_what_does_not_iterate_once() -> None:
+    assert scoring.scaled_seconds(
+        fixed=2.0, timed=3.0, timed_iterations=10, iterations=1000
+    ) == pytest.approx(102.0)
+    assert scoring.scaled_seconds(fixed=2.0, timed=1.9, timed_iterations=10, iterations=1000) == 2.0
+
+
+def test_exponent_of_known_laws() -> None:
+    rows = [{"nodes": n, "cpu_s": {"square": 3e-6 * n**2, "line": 0.5 * n}} for n in (10, 100, 1000)]
+    assert scale.exponent(rows, "square") == pytest.approx(2.0)
+    assert scale.exponent(rows, "line") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("nodes", "stage_blocks"), [(100, 0), (100, 7), (1003, 50)])
+def test_chain_is_a_network_with_every_block_droppable(nodes: int, stage_blocks: int) -> None:
+    gm = scale.chain(nodes, stage_blocks)
+    found = discover(gm)
+    assert len(found.regions) == nodes // 5
+    assert not found.rejections
+    assert abs(len(gm.graph.nodes) - nodes) <= 2 + nodes // 5
+    assert (
+        tuple(gm(torch.randn(2, 2, 8, 8)).shape)
+        == next(iter(reversed(gm.graph.nodes))).meta["tensor_meta"].shape
+    )
+
+
+def test_scale_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main(["--nodes", "100,300", "--networks", "", "--repeats", "1"])
+    entries = read(results, "scale")["entries"]
+    assert {"chain/100", "chain/300", "exponents"} == set(entries)
+    assert set(entries["exponents"]) == {*scale.STAGES, "total"}
+    assert "fitted exponents: discover" in capsys.readouterr().out
+
+
+def test_scoring_runs_resumes_and_takes_a_reference_over(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*TINY, "--reference-iterations", "1", "--timed-iterations", "1", "--repeats", "1"]
+    some = [*few, "--regions", "layer1.0,layer2.1"]
+    scoring.main(some)
+    first = read(results, "scoring_resnet20_4")
+    row = first["entries"]["comparison"][0]
+    assert set(row["losses"]) == set(row["reference losses"]) == {"layer1.0", "layer2.1"}
+    assert row["times as fast"] > 0
+    assert row["sets"] == 2
+    assert row["cache MiB"] > 0
+    assert "scaled from 1" in capsys.readouterr().out
+
+    marked = first["entries"]["reference/1/layer1.0"] | {"loss": 0.125}
+    first["entries"]["reference/1/layer1.0"] = marked
+    (results / "other.json").write_text(json.dumps(first))
+    scoring.main([*some, "--reference-from", str(results / "other.json"), "--out", "taken"])
+    taken = read(results, "taken")["entries"]
+    assert taken["comparison"][0]["reference losses"]["layer1.0"] == 0.125
+    assert taken["reference taken from"]["file"].endswith("other.json")
+    scoring.main([*some, "--out", "other"])  # takes the marked entry up
+    assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
+
+
+def test_scoring_ablation_rows(results: Path) -> None:
+    none = ["--reference-iterations", "0", "--timed-iterations", "0", "--repeats", "1"]
+    scoring.main([*TINY, *none, "--regions", "layer1.1", "--ablation"])
+    rows = {row["scorer"]: row for row in read(results, "scoring_resnet20_4")["entries"]["comparison"]}
+    assert {"default", "no least squares", "no gradient steps", "10 iterations", "batch 64"} <= set(rows)
+    assert rows["no least squares"]["losses"] != rows["default"]["losses"]
+    assert rows["no gradient steps"]["losses"] != rows["default"]["losses"]
+    assert rows["a cache for each candidate"]["losses"] == rows["default"]["losses"]
+    assert rows["default"]["spearman"] is None
+
+
+def test_scoring_refuses_what_does_not_fit(results: Path) -> None:
+    none = [*TINY, "--reference-iterations", "0", "--timed-iterations", "0", "--repeats", "1"]
+    with pytest.raises(OptionError, match=r"no region is called nowhere; the regions are: layer1\.0"):
+        scoring.main([*none, "--regions", "nowhere"])
+    with pytest.raises(OptionError, match="cannot take figures"):
+        scoring.main([*none, "--regions", "layer3.1", "--reference-from", str(results / "absent.json")])
+    other = {"settings": {"model": "resnet56"}, "entries": {}, "environment": {}}
+    (results / "other.json").write_text(json.dumps(other))
+    with pytest.raises(OptionError, match="only the device may differ"):
+        scoring.main([*none, "--regions", "layer3.1", "--reference-from", str(results / "other.json")])
+
+
+def test_selection_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selection.main(
+        [*TINY, "--k", "2", "--seeds", "1", "--adaptor-iterations", "1", "--mimic-iterations", "1"]
+    )
+    entries = read(results, "selection_resnet20")["entries"]
+    assert [row["selection"] for row in entries["summary"]] == ["independent", "greedy", "exact"]
+    assert all(len(entries[f"0/2/{name}"]["chosen"]) == 2 for name in ("independent", "greedy", "exact"))
+    assert entries["0/2/exact"]["sets_scored"] == REGIONS * (REGIONS - 1) // 2
+    assert entries["0/2/independent"]["sets_scored"] == 0
+    exact, greedy = (entries[f"0/2/{name}"] for name in ("exact", "greedy"))
+    assert exact["estimate"] / exact["saving"] <= greedy["estimate"] / greedy["saving"] + 1e-9
+    assert "greedy" in capsys.readouterr().out
+
+
+def test_stability_counts_equal_choices(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stability.main([*TINY, "--k", "2", "--runs", "2", "--selection", "independent"])
+    summary = read(results, "stability_resnet20_k2_torch")["entries"]["summary"]
+    assert summary["same"] == 2  # the clock of these tests is steady
+    assert len(summary["regions"]) == REGIONS
+    assert sum(region["chosen"] for region in summary["regions"].values()) == 4
+    assert "2 of 2 runs chose" in capsys.readouterr().out
+
+
+def test_end_to_end_scales_the_papers_recipe(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    end_to_end.main([*TINY, "--k", "1", "--recipes", "practise", "--timed-iterations", "1", "--in-process"])
+    entries = read(results, "end_to_end_resnet20_k1")["entries"]
+    (row,) = entries["table"].values()
+    assert row["scaled_from_iterations"] == 1
+    none, one = (v for k, v in entries.items() if k.endswith("iterations"))
+    gained = one["durations"]["scoring"] - none["durations"]["scoring"]
+    assert row["durations"]["scoring"] == pytest.approx(
+        none["durations"]["scoring"] + 1000 * max(0.0, gained)
+    )
+    assert row["durations"]["latency"] == none["durations"]["latency"]
+    assert row["peak_bytes"] > 0
+    assert "scaled from 1 iterations" in capsys.readouterr().out
+
+
+def test_end_to_end_grows_in_images_blocks_and_resolution(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[end_to_end.Case] = []
+    figures = {"seconds": 1.0, "durations": {}, "regions": 1, "peak_bytes": None}
+
+    def run(case: end_to_end.Case) -> dict[str, Any]:
+        seen.append(case)
+        return figures
+
+    monkeypatch.setattr(end_to_end, "run", run)
+    end_to_end.main([*TINY, "--growth", "images,blocks,resolution", "--growth-only", "--in-process"])
+    assert [case.images for case in seen[:3]] == [100, 250, 500]
+    assert [case.model for case in seen[3:6]] == ["resnet20", "resnet32", "resnet56"]
+    assert [(case.model, case.k, case.size) for case in seen[6:]] == [
+        ("mobilenet_v2", 2, size) for size in (96, 160, 224)
+    ]
+    assert len(read(results, "end_to_end_resnet20_k8")["entries"]["table"]) == 9
+
+
+def test_scaled_leaves_the_other_stages_alone() -> None:
+    none = {"seconds": 10.0, "durations": {"trace": 1.0, "scoring": 2.0, "recovery": 3.0}, "chosen": ["a"]}
+    few = {"seconds": 12.0, "durations": {"trace": 1.5, "scoring": 2.5, "recovery": 3.5}, "chosen": ["b"]}
+    row = end_to_end.scaled(none, few, 10, RECIPES["practise"])
+    assert row["durations"] == {"trace": 1.0, "scoring": 52.0, "recovery": 103.0}
+    assert row["seconds"] == 10.0 + 50.0 + 100.0
+
+
+def test_notebook_starts_anew_under_other_settings(results: Path) -> None:
+    book = subjects.Notebook("book", {"k": (1, 2)}, 0)
+    assert book.once("a", lambda: 1) == 1
+    assert subjects.Notebook("book", {"k": (1, 2)}, 0).once("a", lambda: 2) == 1
+    assert subjects.Notebook("book", {"k": (1, 3)}, 0).once("a", lambda: 2) == 2
+
+
+def test_kept_result_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(OptionError, match="no result of these benchmarks"):
+        subjects.kept_result(tmp_path / "list.json")

@@ -1,0 +1,152 @@
+"""The fast scorer against the slow one, and within its budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+
+import fxprune
+from fxprune.errors import OptionError
+from fxprune.graph.regions import Region
+from fxprune.graph.taps import find_tap
+from fxprune.options import RECIPES
+from fxprune.passes import Canonicalize
+from fxprune.recovery.activations import Activations, bytes_per_image
+from fxprune.recovery.adaptors import fit_end_to_end
+from fxprune.recovery.cached import CachedScorer
+from fxprune.recovery.calibration import CalibrationSet, draw
+from tests.strategies import BlockSpec, NetSpec, image_batch
+
+SETTINGS = replace(RECIPES["fast"].adaptor, iterations=0, batch_size=4)
+KINDS = ("basic", "bottleneck", "preactivation", "inverted", "squeeze", "depthwise")
+
+
+def network(kind: str = "basic", *, inplace: bool = False) -> fx.GraphModule:
+    block = BlockSpec(kind, inplace=inplace)
+    spec = NetSpec((4, 6), (2,), (True,), ((block,) * 3, (block,) * 2), seed=3)
+    gm = fxprune.trace(spec.build(torch.float32), image_batch(dtype=torch.float32))
+    Canonicalize()(gm)
+    return gm.requires_grad_(False)
+
+
+def images(count: int = 10) -> CalibrationSet:
+    return draw(image_batch(count, dtype=torch.float32))
+
+
+def scorer(gm: fx.GraphModule, count: int = 10, **options: object) -> CachedScorer:
+    settings = replace(SETTINGS, iterations=int(str(options.pop("iterations", 0))))
+    return CachedScorer(gm, find_tap(gm), images(count), settings, device="cpu", seed=0, **options)  # type: ignore[arg-type]
+
+
+def sets(gm: fx.GraphModule) -> list[list[Region]]:
+    found = list(fxprune.discover(gm).regions)
+    return [[region] for region in found] + [[found[0], found[1]], [found[1], found[-1]]]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bare_loss_is_that_of_the_whole_network(kind: str, inplace: bool) -> None:
+    gm = network(kind, inplace=inplace)
+    code = gm.code
+    fast = scorer(gm)
+    for regions in sets(gm):
+        slow = fit_end_to_end(gm, regions, find_tap(gm), images(), SETTINGS, device="cpu", seed=0)
+        assert fast.fit(regions).loss_before == pytest.approx(slow.loss_before, rel=1e-5)
+    assert gm.code == code
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fitted_loss_is_that_of_the_maps_it_comes_with(kind: str) -> None:
+    from fxprune.recovery.mimic import FeatureReader, mean_feature_loss, surviving_tap
+    from fxprune.recovery.recover import cut_and_fold
+
+    gm = network(kind)
+    fast, tap = scorer(gm, iterations=3), find_tap(gm)
+    for regions in sets(gm):
+        fit = fast.fit(regions)
+        small, error = cut_and_fold(gm, regions, fit.maps, tap, images(), device="cpu")
+        assert error is not None
+        assert error < 1e-4
+        readers = FeatureReader(gm, tap), FeatureReader(small, surviving_tap(tap, regions))
+        assert mean_feature_loss(*readers, images(), device="cpu") == pytest.approx(fit.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "inverted"])
+def test_fitting_does_not_make_a_cut_worse(kind: str) -> None:
+    gm = network(kind)
+    start, fast = scorer(gm, 32), scorer(gm, 32, iterations=30)
+    for regions in sets(gm):
+        fit = fast.fit(regions)
+        assert fit.loss <= fit.loss_before
+        assert fit.loss <= 1.001 * start.fit(regions).loss
+
+
+def test_scoring_is_repeatable_and_independent_of_the_order() -> None:
+    gm = network()
+    work = sets(gm)
+    first, second = scorer(gm, iterations=3), scorer(gm, iterations=3)
+    second.prepare(work)
+    one = [first.fit(regions).loss for regions in work]
+    other = [second.fit(regions).loss for regions in reversed(work)][::-1]
+    assert one == other
+
+
+def test_announcing_the_work_runs_the_original_once() -> None:
+    gm = network()
+    runs: list[int] = []
+    fast = scorer(gm)
+    gm.get_submodule("stem.0").register_forward_hook(lambda *_: runs.append(1))
+    fast.prepare(sets(gm))
+    assert len(runs) == 1
+    for regions in sets(gm):
+        fast.fit(regions)
+    assert len(runs) == 1
+    assert fast.peak_bytes > 0
+
+
+def test_the_original_keeps_its_weights() -> None:
+    gm = network()
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    fast = scorer(gm, iterations=3)
+    for regions in sets(gm):
+        fast.fit(regions)
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+    assert not any(p.requires_grad for p in gm.parameters())
+
+
+def test_a_budget_for_fewer_images_uses_fewer() -> None:
+    gm = network()
+    names = ["stem_2", "stages_0_2_behind"]
+    size = bytes_per_image(gm, names)
+    assert size == 2 * 4 * 8 * 8 * 4
+    whole = Activations(gm, names, images(), device="cpu", budget=10 * size)
+    half = Activations(gm, names, images(), device="cpu", budget=5 * size + 1, batch_size=3)
+    assert (whole.images, half.images) == (10, 5)
+    assert (whole.bytes, half.bytes) == (10 * size, 5 * size)
+    for name in names:
+        assert torch.equal(half.first(name, 5), whole.first(name, 5))
+        assert half.first(name, 5).shape == (5, 4, 8, 8)
+    chosen = torch.tensor([4, 0])
+    assert torch.equal(half.select(names[0], chosen), whole.first(names[0], 5)[chosen])
+
+
+def test_a_scorer_on_half_the_budget_judges_by_the_first_images() -> None:
+    gm = network()
+    (region, *_) = fxprune.discover(gm).regions
+    full = scorer(gm)
+    full.fit([region])
+    half = scorer(gm, cache_bytes=full.peak_bytes // 2)
+    few = draw(image_batch(10, dtype=torch.float32)[:5])
+    slow = fit_end_to_end(gm, [region], find_tap(gm), few, SETTINGS, device="cpu", seed=0)
+    assert half.fit([region]).loss_before == pytest.approx(slow.loss_before, rel=1e-5)
+    assert half.peak_bytes <= full.peak_bytes // 2
+
+
+def test_a_budget_below_two_images_is_refused() -> None:
+    gm = network()
+    (region, *_) = fxprune.discover(gm).regions
+    with pytest.raises(OptionError, match=r"does not hold two images.*cache_bytes"):
+        scorer(gm, cache_bytes=1000).fit([region])

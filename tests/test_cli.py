@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from torch import nn
+
+import fxprune
+import fxprune.sweeping  # before any test patches what it imports
+from fxprune import arguments, cli, images, sources, tables
+from fxprune.deploy import artifact
+from fxprune.errors import NoRegionError
+from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
+from fxprune.records import Interval, Latency, LatencyComparison
+from fxprune.recovery.inputs import Inputs
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(3, 3, 1)
+        self.shortcut = nn.Conv2d(3, 3, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+
+DISCOVERY = Discovery(
+    (
+        Region(
+            "x",
+            "add",
+            "shortcut",
+            ("branch", "shortcut", "add"),
+            Kind.PROJECTION,
+            "branch",
+            ("branch",),
+            (1, 3, 8, 8),
+            "f32",
+        ),
+        Region(
+            "x",
+            "add",
+            "x",
+            ("branch", "shortcut", "add"),
+            Kind.IDENTITY,
+            "whole",
+            ("branch", "shortcut"),
+            (1, 3, 8, 8),
+            "f32",
+        ),
+    ),
+    (Rejection("x", "add", Reason.SHAPE, ("add",), "8 channels meet 3", "stem"),),
+)
+
+
+class Recorder:
+    """Stands in for one of the package's functions and keeps how it was called."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.args, self.kwargs = args, kwargs
+        self.calls.append(args)
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+
+@pytest.fixture
+def replace(monkeypatch: pytest.MonkeyPatch):
+    def put(name: str, result: Any, where: Any = fxprune) -> Recorder:
+        recorder = Recorder(result)
+        monkeypatch.setattr(where, name, recorder, raising=False)
+        return recorder
+
+    return put
+
+
+@pytest.fixture
+def traced(replace) -> Recorder:
+    replace("load_model", Residual(), sources)
+    return replace("trace", torch.fx.symbolic_trace(Residual()))
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fxprune import cli; code = cli.main(['--help']);"
+        "print([m for m in ('onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "compress" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["compress", "m", "--data", "d"],
+        ["compress", "m", "--data", "d", "--k", "0"],
+        ["compress", "m", "--data", "d", "--k", "-3"],
+        ["compress", "m", "--data", "d", "--k", "2", "--target-speedup", "1.3"],
+        ["compress", "m", "--k", "2"],
+        ["compress", "m", "--data", "d", "--k", "2", "--mean", "1,2"],
+        ["inspect", "m", "--kinds", "round"],
+        ["inspect", "m", "--input-shape", "1,0"],
+        ["measure", "a.onnx"],
+        ["sweep", "m"],
+        ["sweep", "m", "--data", "d", "--k", "2"],
+        ["sweep", "m", "--data", "d", "--selection", "exact"],
+        ["sweep", "m", "--data", "d", "--cache-mib", "0"],
+    ],
+)
+def test_wrong_usage_gives_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_inspect_prints_regions_totals_and_rejections(traced, replace, capsys) -> None:
+    discover = replace("discover", DISCOVERY)
+    argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*", "b"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert traced.args[1].shape == (1, 3, 8, 8)
+    assert traced.kwargs == {"front_end": "auto"}
+    assert discover.kwargs == {"kinds": ("identity", "projection"), "ignore": ("a*", "b")}
+    assert "m: 2 droppable regions (1 projection, 1 identity), 21 parameters in all" in out
+    rows = [line.split() for line in out.splitlines()]
+    # beside a projection shortcut only the branch goes: 3 * 3 weights and 3 biases
+    assert ["branch", "projection", "1x3x8x8", "1", "12"] in rows
+    assert ["whole", "identity", "1x3x8x8", "2", "21"] in rows
+    assert "stem" in out and "entry and exit differ in shape" in out and "8 channels meet 3" in out
+
+
+def test_inspect_json_holds_the_same(traced, replace, capsys) -> None:
+    replace("discover", DISCOVERY)
+    assert cli.main(["inspect", "m", "--input-shape", "2,3,8,8", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert traced.args[1].shape == (2, 3, 8, 8)
+    assert data["counts"] == {"projection": 1, "identity": 1}
+    assert [region["parameters_saved"] for region in data["regions"]] == [12, 21]
+    assert data["rejections"][0]["reason"] == Reason.SHAPE.value
+
+
+def test_inspect_counts_the_parameters_of_exported_graphs(replace, capsys) -> None:
+    gm = torch.export.export(Residual(), (torch.zeros(1, 3, 8, 8),)).module()
+    convolutions = [
+        node.name for node in gm.graph.nodes if "conv" in node.name and node.op == "call_function"
+    ]
+    body = (*convolutions, "add")
+    region = Region("x", "add", "x", body, Kind.IDENTITY, "whole", (), (1, 3, 8, 8), "f32")
+    replace("load_model", Residual(), sources)
+    replace("trace", gm)
+    replace("discover", Discovery((region,), ()))
+    assert cli.main(["inspect", "m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["regions"][0]["parameters_saved"] == 21
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((20, 20, 3), index, dtype=np.uint8)).save(folder / f"{index}.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    return folder
+
+
+class Report:
+    def to_json(self) -> str:
+        return '{"k": 2}'
+
+    def __str__(self) -> str:
+        return "two regions were cut"
+
+
+def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tmp_path, capsys) -> None:
+    small = torch.fx.symbolic_trace(Residual())
+    compress, report = replace("compress", small), replace("report", Report())
+    export, save = replace("export_onnx", None), replace("save", None, artifact)
+    out = tmp_path / "out"
+    argv = [
+        "compress",
+        "m",
+        "--data",
+        str(photos),
+        "--k",
+        "2",
+        "--out",
+        str(out),
+        "--size",
+        "8",
+        "--seed",
+        "7",
+    ]
+    argv += ["--images", "2", "--recipe", "practise", "--tap", "relu_3", "--ignore", "stem", "--no-progress"]
+    argv += ["--cache-mib", "64"]
+    assert cli.main(argv) == 0
+    network, loader = compress.args
+    assert network is traced.result
+    assert len(loader.paths) == 2 and next(iter(loader)).shape == (2, 3, 8, 8)
+    assert compress.kwargs == {
+        "k": 2,
+        "target_speedup": None,
+        "target_latency_ms": None,
+        "min_agreement": None,
+        "recipe": "practise",
+        "criterion": "recovery",
+        "selection": None,
+        "backend": "torch",
+        "device": None,
+        "kinds": ("identity",),
+        "ignore": ("stem",),
+        "tap": "relu_3",
+        "images": 2,
+        "latency_batch": None,
+        "cache_bytes": 64 * 2**20,
+        "submodule": None,
+        "seed": 7,
+        "threads": None,
+        "out": str(out),
+        "progress": False,
+    }
+    assert report.args == (small,)
+    assert {path.name: gm for gm, path, _ in export.calls} == {"model.onnx": small, "original.onnx": network}
+    assert save.args == (small, out)
+    assert list(out.iterdir()) == []  # fxprune.compress writes report.json itself
+    assert capsys.readouterr().out == "two regions were cut\n"
+
+
+def test_compress_json_without_out_writes_nothing(traced, replace, photos, tmp_path, capsys) -> None:
+    replace("compress", traced.result)
+    replace("report", Report())
+    export = replace("export_onnx", None)
+    argv = ["compress", "m", "--data", str(photos), "--target-speedup", "1.3", "--size", "8", "--json"]
+    assert cli.main([*argv, "--no-progress"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"k": 2}
+    assert "skipped 1 image files" in captured.err
+    assert export.calls == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
+    compress = replace("compress", Residual())
+    replace("report", Report())
+    argv = [
+        "compress",
+        "m",
+        "--data",
+        str(photos),
+        "--k",
+        "1",
+        "--size",
+        "8",
+        "--submodule",
+        "body",
+        "--no-progress",
+    ]
+    assert cli.main(argv) == 0
+    assert traced.calls == []
+    assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == "body"
+
+
+def test_files_of_a_submodule_hold_the_part(replace, photos, tmp_path, capsys) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Residual()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) if float(x.sum()) > 1e9 else self.body(x) + 1
+
+    small, model = Whole(), Whole()
+    small.body = torch.fx.symbolic_trace(Residual())
+    inputs = Inputs((torch.zeros(2, 3, 8, 8),))
+    small.body.meta["fxprune_example"] = inputs
+    replace("load_model", model, sources)
+    replace("compress", small)
+    replace("report", Report())
+    export, save = replace("export_onnx", None), replace("save", None, artifact)
+    argv = ["compress", "m", "--data", str(photos), "--k", "1", "--size", "8", "--submodule", "body"]
+    assert cli.main([*argv, "--no-progress", "--out", str(tmp_path / "out")]) == 0
+    written = {path.name: (network, given) for network, path, given in export.calls}
+    assert written["model.onnx"] == (small.body, inputs.args)
+    assert written["original.onnx"] == (model.body, inputs.args)
+    assert save.args[0] is small.body and save.kwargs == {"example_inputs": inputs.args}
+
+
+def test_only_the_first_process_prints_and_writes(
+    traced, replace, photos, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("fxprune.recovery.parallel.is_main", lambda: False)
+    compress = replace("compress", traced.result)
+    replace("report", Report())
+    sweep = replace("sweep", Report())
+    export, save = replace("export_onnx", None), replace("save", None, artifact)
+    rest = ["m", "--data", str(photos), "--size", "8", "--out", str(tmp_path / "out")]
+    assert cli.main(["compress", "--k", "1", *rest]) == 0
+    assert cli.main(["sweep", *rest]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert export.calls == [] and save.calls == []
+    assert compress.kwargs["progress"] is False and sweep.kwargs["progress"] is False
+
+
+def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) -> None:
+    sweep = replace("sweep", Report())
+    out = tmp_path / "out"
+    argv = ["sweep", "m", "--data", str(photos), "--size", "8", "--out", str(out), "--images", "2"]
+    argv += ["--selection", "independent", "--kinds", "identity,sequential", "--threads", "1"]
+    assert cli.main([*argv, "--no-progress"]) == 0
+    model, loader = sweep.args
+    assert isinstance(model, Residual) and len(loader.paths) == 2
+    assert sweep.kwargs == {
+        "recipe": "fast",
+        "criterion": "recovery",
+        "selection": "independent",
+        "backend": "torch",
+        "device": None,
+        "kinds": ("identity", "sequential"),
+        "tap": None,
+        "images": 2,
+        "latency_batch": None,
+        "cache_bytes": 2 * 2**30,
+        "ignore": (),
+        "seed": 0,
+        "threads": 1,
+        "out": str(out),
+        "progress": False,
+    }
+    assert capsys.readouterr().out == "two regions were cut\n"
+    assert cli.main([*argv, "--json", "--no-progress"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"k": 2}
+
+
+def test_settings_of_sweep_and_compress_are_their_keywords() -> None:
+    parser = cli._parser()
+    for command, function in (("compress", fxprune.compress), ("sweep", fxprune.sweep)):
+        args = parser.parse_args(
+            [command, "m", "--data", "d", *(["--k", "1"] if command == "compress" else [])]
+        )
+        given = {*cli._scoring(args, True), *(cli._GOALS if command == "compress" else ())}
+        assert given <= inspect.signature(function).parameters.keys()
+
+
+def test_an_unwritable_folder_is_found_before_anything_else(
+    traced, replace, photos, tmp_path, capsys
+) -> None:
+    (tmp_path / "file").write_text("")
+    compress = replace("compress", None)
+    argv = ["compress", "m", "--data", str(photos), "--k", "1", "--out", str(tmp_path / "file")]
+    assert cli.main(argv) == 1
+    assert compress.calls == [] and traced.calls == []
+    assert capsys.readouterr().err.startswith("fxprune: error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NoRegionError("nothing\nto drop"), 1),
+        (fxprune.errors.OptionError("k is 9"), 2),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_are_one_line_and_a_code(traced, replace, capsys, error: BaseException, code: int) -> None:
+    replace("discover", error)
+    assert cli.main(["inspect", "m"]) == code
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> None:
+    replace("discover", NoRegionError("nothing to drop"))
+    assert cli.main(["inspect", "m", "--verbose"]) == 1
+    assert caplog.records[-1].exc_info is not None
+
+
+def test_unknown_networks_are_reported(capsys) -> None:
+    assert cli.main(["inspect", "torchvision:resnet43"]) == 1
+    assert "resnet34" in capsys.readouterr().err
+
+
+def timing(median: float) -> Latency:
+    return Latency("onnxruntime-cpu", "Some CPU", (4, 3, 8, 8), 2, median, median * 1.1, median / 50, 30)
+
+
+def write_onnx(path: Path, *shape: object) -> str:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))
+    node = helper.make_node("Identity", ["x"], ["y"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [value], [output])), path)
+    return str(path)
+
+
+def test_measure_prints_medians_spread_and_interval(replace, tmp_path, capsys) -> None:
+    measure = replace("measure", LatencyComparison(timing(0.004), timing(0.003), 0.75, Interval(0.74, 0.76)))
+    files = [write_onnx(tmp_path / name, "batch", 3, 8, 8) for name in ("a.onnx", "b.onnx")]
+    assert cli.main(["measure", *files, "--batch", "4", "--rounds", "9", "--threads", "2"]) == 0
+    assert measure.args == tuple(files)
+    assert measure.kwargs["inputs"][0].shape == (4, 3, 8, 8)
+    assert measure.kwargs["backend"] == "onnxruntime-cpu"
+    settings = measure.kwargs["settings"]
+    assert (settings.min_rounds, settings.max_rounds, settings.threads) == (9, 9, 2)
+    out = capsys.readouterr().out
+    assert "after / before 0.7500 (95% interval 0.7400 to 0.7600), 1.33 times as fast\n" in out
+    assert "onnxruntime-cpu on Some CPU, 2 threads, batch shape 4x3x8x8" in out
+    assert cli.main(["measure", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["interval"] == {"low": 0.74, "high": 0.76, "level": 0.95}
+
+
+def test_measure_refuses_networks_with_different_inputs(replace, tmp_path, capsys) -> None:
+    measure = replace("measure", None)
+    files = [write_onnx(tmp_path / "a.onnx", 1, 3, 8, 8), write_onnx(tmp_path / "b.onnx", 1, 3, 9, 9)]
+    assert cli.main(["measure", *files]) == 2
+    assert measure.calls == []
+    assert "different inputs" in capsys.readouterr().err
+
+
+def test_demo_prints_its_table_or_the_figures(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:
+    run = Recorder(None)
+    monkeypatch.setitem(sys.modules, "fxprune.demo", SimpleNamespace(run=run))
+    monkeypatch.setattr(fxprune, "demo", sys.modules["fxprune.demo"], raising=False)
+    for flags, expected in ([], "the table\n"), (["--json"], '{\n  "accuracy": 0.9\n}\n'):
+        run.result = {"table": "the table", "accuracy": 0.9}
+        assert cli.main(["demo", "--out", str(tmp_path), "--seed", "3", "--threads", "1", *flags]) == 0
+        assert capsys.readouterr().out == expected
+    assert run.args == (tmp_path,)
+    assert run.kwargs == {"seed": 3, "threads": 1, "progress": True}
+
+
+def test_the_shells_defaults_are_the_packages() -> None:
+    assert arguments._IMAGENET_MEAN == images.IMAGENET_MEAN
+    assert arguments._IMAGENET_STD == images.IMAGENET_STD
+    assert set(arguments._KINDS) == {kind.value for kind in Kind}
+
+
+def test_tables_align_text_left_and_numbers_right() -> None:
+    assert tables.render(("name", "ms"), [("a", 1.23456), ("long", None), ("b", 100)]) == (
+        "name     ms\n----  -----\na     1.235\nlong      -\nb       100"
+    )
+    assert tables.render(("a", "b"), []) == "a  b\n-  -"
+    with pytest.raises(ValueError, match="3 values for 2"):
+        tables.render(("a", "b"), [(1, 2, 3)])

@@ -1,0 +1,251 @@
+"""ONNX files: equal to torch at every batch size, in one file, and written only then."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, symbolic_trace
+
+from fxprune.deploy import export, serving
+from fxprune.deploy.artifact import frozen_copy
+from fxprune.errors import ExportError, OptionError, ParityError
+
+
+class Small(nn.Module):
+    """A residual network small enough to export in a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.block = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.block(x) + x)
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+@dataclass
+class Pair:
+    total: Tensor
+    rows: list[Tensor]
+
+
+class Several(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        return {"sum": left + right, "more": (left * 2, right.flatten(1))}
+
+
+class AsDataclass(nn.Module):
+    def forward(self, x: Tensor) -> Pair:
+        return Pair(x.sum(1), [x * 2, x + 1])
+
+
+def exported_graph(model: nn.Module, *, dynamic: bool) -> GraphModule:
+    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
+    module = torch.export.export(model.eval(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=shapes).module()
+    assert isinstance(module, GraphModule)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Small, lambda: symbolic_trace(Small()), lambda: exported_graph(Small(), dynamic=True)],
+    ids=["module", "traced", "exported"],
+)
+def test_the_file_equals_the_network_at_every_batch_size(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model = make()
+    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(1, 3, 8, 8)])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert record.batch_sizes == (1, 2, 5)
+    assert 0 <= record.max_abs_diff <= record.tolerance < 1e-2
+    assert record.bytes == (tmp_path / "m.onnx").stat().st_size
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert record.opset == proto.opset_import[0].version
+    assert record.inputs == tuple(entry.name for entry in proto.graph.input)
+    session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
+    x = torch.randn(7, 3, 8, 8)
+    network = frozen_copy(model, "cpu")
+    np.testing.assert_allclose(serving.run(session, [x])[0], network(x).numpy(), atol=1e-5)
+
+
+def test_the_network_keeps_its_mode_weights_and_gradients(tmp_path: Path) -> None:
+    model = Small().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], verify=False)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_several_inputs_and_nested_outputs(tmp_path: Path, named: bool) -> None:
+    left, right = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    inputs = {"right": right, "left": left} if named else [left, right]
+    record = export.export_onnx(Several(), tmp_path / "m.onnx", inputs)
+    assert set(record.inputs) == {"left", "right"}
+    assert len(record.outputs) == 3
+
+
+def test_unverified_files_say_so(tmp_path: Path) -> None:
+    record = export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)], verify=False)
+    assert (record.batch_sizes, record.max_abs_diff) == ((), 0.0)
+    assert (tmp_path / "m.onnx").is_file()
+
+
+def test_image_size_may_stay_free(tmp_path: Path) -> None:
+    model = Small().eval()
+    export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 10)], dynamic_image_size=True)
+    x = torch.randn(3, 3, 13, 17)
+    (y,) = serving.run(serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
+    with torch.no_grad():
+        np.testing.assert_allclose(y, model(x).numpy(), atol=1e-5)
+
+
+def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
+    record = export.export_onnx(nn.Linear(3, 2).half(), tmp_path / "m.onnx", [torch.randn(2, 3).half()])
+    assert record.tolerance >= 5e-3
+
+
+@pytest.fixture(scope="module")
+def linear() -> tuple[nn.Module, onnx.ModelProto]:
+    model = nn.Linear(3, 2)
+    return model, export._convert(export.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
+
+
+@pytest.fixture
+def converted(linear: tuple[nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A network whose conversion, the slow part, is done already."""
+    monkeypatch.setattr(export, "_convert", lambda *args: linear[1])
+    return linear[0]
+
+
+def perturb(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> None:
+    genuine = serving.run
+    monkeypatch.setattr(serving, "run", lambda session, inputs: change(genuine(session, inputs)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ys: [y + 0.1 for y in ys],
+        lambda ys: [y * np.nan for y in ys],
+        lambda ys: [y[:, :1] for y in ys],
+    ],
+    ids=["offset", "nan", "shape"],
+)
+def test_a_file_that_disagrees_is_not_written(
+    tmp_path: Path,
+    converted: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[list[np.ndarray]], list[np.ndarray]],
+) -> None:
+    perturb(monkeypatch, change)
+    (tmp_path / "m.onnx").write_bytes(b"the old one")
+    with pytest.raises(ParityError, match="no file was written") as caught:
+        export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert not caught.value.max_abs_diff <= caught.value.tolerance
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"the old one")]
+
+
+def test_a_wider_tolerance_accepts(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perturb(monkeypatch, lambda ys: [y + 0.1 for y in ys])
+    record = export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)], tolerance=0.2)
+    assert record.max_abs_diff == pytest.approx(0.1, abs=1e-4)
+    assert record.tolerance == 0.2
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt("by the user"), OSError(errno.ENOSPC, "No space left")])
+def test_an_interruption_leaves_no_file(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    def interrupt(path: Path) -> None:
+        raise stop
+
+    monkeypatch.setattr(export, "_check", interrupt)
+    with pytest.raises((KeyboardInterrupt, ExportError), match=r"by the user|disk is full"):
+        export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert list(tmp_path.iterdir()) == []
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, 12)
+
+
+class PythonOnly(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        (FixedBatch(), (2, 12), "free batch size.*constants"),
+        (exported_graph(Small(), dynamic=False), (2, 3, 8, 8), "fixes the batch.*2|free batch size"),
+        (AsDataclass(), (2, 12), "free batch size"),
+        (PythonOnly(), (2, 12), "free batch size"),
+        (nn.Linear(5, 2), (2, 12), "free batch size"),
+    ],
+    ids=["view", "exported", "dataclass", "control-flow", "shape"],
+)
+def test_what_cannot_be_written_is_explained(
+    tmp_path: Path, model: nn.Module, shape: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ExportError, match=words):
+        export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_beyond_protobuf_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    # A sparse file: it claims its size and takes no memory.
+    table = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**29, dtype=torch.float32)
+    model.register_buffer("table", table)
+    with pytest.raises(ExportError, match="2 GiB"):
+        export._require_single_file(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        ([], {}),
+        ([torch.tensor(1.0)], {}),
+        ([torch.randn(0, 3)], {}),
+        ([torch.randn(2, 3), torch.randn(3, 3)], {}),
+        ([torch.randn(2, 3)], {"tolerance": -1.0}),
+    ],
+)
+def test_unfit_options_are_refused(tmp_path: Path, inputs: list[Tensor], options: dict[str, float]) -> None:
+    with pytest.raises(OptionError):
+        export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", inputs, **options)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, converted: nn.Module) -> None:
+    with pytest.raises(ExportError, match="cannot be written"):
+        export.export_onnx(converted, tmp_path / "missing" / "m.onnx", [torch.randn(2, 3)])

@@ -1,0 +1,304 @@
+"""Several processes give what one gives, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fxprune.errors import CalibrationError, DistributedError
+from fxprune.graph.regions import Region
+from fxprune.options import FitSettings
+from fxprune.recovery import parallel
+from fxprune.recovery.adaptors import AdaptorFit, fit_end_to_end
+from fxprune.recovery.fingerprint import fingerprint_of
+from fxprune.recovery.inputs import Inputs
+from fxprune.recovery.mimic import FeatureReader, fit_features, surviving_tap, trainable_parameters
+from fxprune.recovery.recover import cut_and_fold
+from fxprune.recovery.store import ScoreStore, StoredScorer
+from tests.test_store import ROOT, Tiny, tiny
+
+# 7 of 10 images: a batch that two processes cannot halve
+EVAL = FitSettings(iterations=8, batch_size=7, learning_rate=0.01)
+ADAM = FitSettings(optimizer="adam", iterations=8, batch_size=7, learning_rate=1e-3)
+TRAIN = FitSettings(iterations=3, batch_size=8, batch_norm="train")
+SINGLE = FitSettings(iterations=2, batch_size=1)
+LIMIT_S = 150
+
+
+class EndToEnd:
+    """PRACTISE's fit, two steps a candidate; it can be told to fail or to die at one region."""
+
+    def __init__(self, network: Tiny, fails_at: str = "", dies_at: str = "") -> None:
+        self.network, self.fails_at, self.dies_at = network, fails_at, dies_at
+        self.prepared: list[int] = []
+
+    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
+        self.prepared.append(len(sets))
+
+    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+        labels = [region.label for region in regions]
+        if self.dies_at in labels:
+            os._exit(9)
+        if self.fails_at in labels:
+            raise CalibrationError(f"the loss of {self.fails_at} is nan")
+        n = self.network
+        settings = FitSettings(iterations=2, batch_size=5)
+        return fit_end_to_end(n.gm, regions, n.tap, n.calibration, settings, device="cpu", seed=0)
+
+    def estimate(self, regions: Sequence[Region]) -> float:
+        return self.fit(regions).loss
+
+
+def recovered(network: Tiny, settings: FitSettings, *, shared: bool) -> dict[str, Tensor]:
+    regions = network.regions[1:2]
+    student, _ = cut_and_fold(network.gm, regions, {}, network.tap, network.calibration, device="cpu")
+    readers = (
+        FeatureReader(network.gm, network.tap),
+        FeatureReader(student, surviving_tap(network.tap, regions)),
+    )
+    parameters = trainable_parameters(readers[1].part)
+    fit_features(*readers, parameters, network.calibration, settings, device="cpu", seed=0, shared=shared)
+    return {name: value.contiguous() for name, value in student.state_dict().items()}
+
+
+def as_tensors(fits: Sequence[AdaptorFit]) -> dict[str, Tensor]:
+    found = {}
+    for i, fit in enumerate(fits):
+        found[f"{i}.loss"] = torch.tensor([fit.loss, fit.loss_before], dtype=torch.float64)
+        found |= {f"{i}.{s.operator}.{s.side.value}": m.contiguous() for s, m in fit.maps.items()}
+    return found
+
+
+def sets_of(network: Tiny) -> list[list[Region]]:
+    return [*([region] for region in network.regions), list(network.regions[:2])]
+
+
+def work_together(folder: Path) -> None:
+    network, exact = tiny(), tiny(torch.float64)
+    number = parallel.rank()
+    scorer = EndToEnd(network)
+    fits = parallel.fit_all(scorer, sets_of(network))
+    assert scorer.prepared == [7]
+    save_file(as_tensors(fits), folder / f"fits-{number}.safetensors")
+    for name, net, settings in (
+        ("eval", network, EVAL),
+        ("adam", exact, ADAM),
+        ("train", network, TRAIN),
+        ("single", network, SINGLE),
+    ):
+        save_file(recovered(net, settings, shared=True), folder / f"{name}-{number}.safetensors")
+    order: list[int] = []
+    facts = {
+        "world": parallel.world_size(),
+        "main": parallel.is_main(),
+        "same": parallel.same_everywhere({"rank": number}),
+        "on_main": parallel.on_main(lambda: [number, os.getpid()]),
+        "first": parallel.main_first(lambda: (order.append(number), number)[1]),
+        "calls": len(order),
+    }
+    try:
+        parallel.on_main(lambda: 1 / 0)
+    except (ZeroDivisionError, DistributedError) as error:
+        facts["failure"] = f"{type(error).__name__}: {error}"
+    (folder / f"facts-{number}.json").write_text(json.dumps(facts))
+
+
+def score_with_store(folder: Path, fails_at: str = "", dies_at: str = "") -> None:
+    network = tiny()
+    key = fingerprint_of(network.gm, network.calibration, {})
+    store = parallel.main_first(lambda: ScoreStore(folder, key))
+    scorer = StoredScorer(EndToEnd(network, fails_at, dies_at), store)
+    parallel.fit_all(scorer, [[region] for region in network.regions])
+
+
+def work_until_death(folder: Path) -> None:
+    """All that two processes are tested for, in one start; rank 1 does not survive it."""
+    work_together(folder)
+    try:
+        score_with_store(folder / "failed", fails_at=tiny().regions[5].label)
+    except (CalibrationError, DistributedError) as error:
+        (folder / f"error-{parallel.rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+    score_with_store(folder / "died", dies_at=tiny().regions[3].label)
+
+
+def run_two(folder: Path) -> list[int]:
+    """Exit status of each process, started as `torchrun` would; `output-N.txt` is what it wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    runs = []
+    try:
+        for r in range(2):
+            with (folder / f"output-{r}.txt").open("w") as output:
+                environment = {**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}
+                command = [sys.executable, __file__, str(folder)]
+                runs.append(
+                    subprocess.Popen(command, env=environment, cwd=ROOT, stderr=output, stdout=output)
+                )
+        return [run.wait(LIMIT_S) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    status = run_two(folder)
+    output = "\n".join((folder / f"output-{r}.txt").read_text() for r in range(2))
+    assert status == [1, 9], output
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_two_processes_fit_what_one_fits(together: Path) -> None:
+    wanted = as_tensors(parallel.fit_all(EndToEnd(tiny()), sets_of(tiny())))
+    assert len(wanted) > 20
+    for number in (0, 1):
+        close(load_file(together / f"fits-{number}.safetensors"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype"),
+    [("eval", EVAL, torch.float32), ("adam", ADAM, torch.float64), ("single", SINGLE, torch.float32)],
+)
+def test_two_processes_recover_the_weights_that_one_recovers(
+    together: Path, name: str, settings: FitSettings, dtype: torch.dtype
+) -> None:
+    network = tiny(dtype)
+    start = network.gm.state_dict()
+    wanted = recovered(network, settings, shared=True)
+    assert any((wanted[k] - start[k]).abs().max() > 1e-4 for k in wanted)
+    alone = recovered(network, settings, shared=False)
+    assert all(torch.equal(wanted[k], alone[k]) for k in alone)
+    found = [load_file(together / f"{name}-{number}.safetensors") for number in (0, 1)]
+    close(found[0], wanted)
+    assert all(torch.equal(found[0][k], found[1][k]) for k in wanted)
+
+
+def test_batch_statistics_of_their_own_leave_all_processes_with_one_network(together: Path) -> None:
+    found = [load_file(together / f"train-{number}.safetensors") for number in (0, 1)]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+    start = tiny().gm.state_dict()
+    assert any("running_mean" in k and not torch.equal(v, start[k]) for k, v in found[0].items())
+
+
+def test_objects_travel_from_the_main_process(together: Path) -> None:
+    facts = [json.loads((together / f"facts-{number}.json").read_text()) for number in (0, 1)]
+    assert [f["world"] for f in facts] == [2, 2]
+    assert [f["main"] for f in facts] == [True, False]
+    assert [f["same"] for f in facts] == [{"rank": 0}] * 2
+    assert facts[0]["on_main"] == facts[1]["on_main"]
+    assert [(f["first"], f["calls"]) for f in facts] == [(0, 1), (1, 1)]
+    assert facts[0]["failure"] == "ZeroDivisionError: division by zero"
+    assert facts[1]["failure"].startswith("DistributedError: rank 0 failed, so rank 1 ends too: ZeroDivision")
+
+
+def finished(folder: Path) -> int:
+    return len(list(folder.glob("score-*.safetensors")))
+
+
+def test_a_process_that_fails_tells_the_others_why_and_loses_no_score(together: Path) -> None:
+    label = tiny().regions[5].label  # the last of rank 1's three
+    errors = [(together / f"error-{number}.txt").read_text() for number in (0, 1)]
+    told = f"scoring failed elsewhere, so rank 0 ends too: rank 1: the loss of {label} is nan"
+    assert errors == [f"DistributedError: {told}", f"CalibrationError: the loss of {label} is nan"]
+    assert finished(together / "failed") == 5
+
+
+def test_a_process_that_dies_ends_the_others_and_loses_no_score(together: Path) -> None:
+    told = "DistributedError: process 0 of 2 lost the others while gathering scores: one of them ended"
+    assert told in (together / "output-0.txt").read_text()
+    assert finished(together / "died") == 4
+    network = tiny()
+    store = ScoreStore(together / "died", fingerprint_of(network.gm, network.calibration, {}))
+    scorer = StoredScorer(EndToEnd(network), store)
+    fits = parallel.fit_all(scorer, [[region] for region in network.regions])
+    assert (scorer.reused, scorer.computed) == (4, 2)
+    close(as_tensors(fits), as_tensors(parallel.fit_all(EndToEnd(network), [[r] for r in network.regions])))
+
+
+def test_a_process_that_never_comes_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    start = time.monotonic()
+    with pytest.raises(DistributedError, match=r"process 0 of 2 lost .* while meeting the other processes"):
+        parallel.ensure_group(timeout_s=2.0)
+    assert time.monotonic() - start < 20
+    assert parallel.world_size() == 1
+
+
+def test_without_a_group_everything_is_local() -> None:
+    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    token = object()
+    assert parallel.same_everywhere(token) is token
+    assert parallel.on_main(lambda: token) is token
+    assert parallel.main_first(lambda: token) is token
+    with pytest.raises(ZeroDivisionError):
+        parallel.on_main(lambda: 1 / 0)
+    parallel.leave_group()
+
+
+def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert parallel.ensure_group() is False
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 2), (64, 3), (2, 5), (1, 1)])
+def test_shares_of_a_batch_are_disjoint_and_whole(
+    monkeypatch: pytest.MonkeyPatch, count: int, world: int
+) -> None:
+    batch = Inputs((torch.arange(count),), {"mask": torch.arange(count) * 2})
+    monkeypatch.setattr(parallel, "world_size", lambda: world)
+    seen: list[int] = []
+    weights = []
+    for number in range(world):
+        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
+        part, weight = parallel.share_of(batch)
+        assert part.batch_size >= 1
+        assert torch.equal(part.kwargs["mask"], part.args[0] * 2)
+        assert weight == (part.batch_size / count if weight else 0.0)
+        seen += part.args[0].tolist() if weight else []
+        weights.append(weight)
+    assert seen == list(range(count))
+    assert sum(weights) == pytest.approx(1.0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert parallel.ensure_group(timeout_s=120.0)
+    work_until_death(Path(sys.argv[1]))

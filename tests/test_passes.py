@@ -1,0 +1,481 @@
+"""The contract of a pass, and what each pass does and refuses to do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+
+import fxprune
+from fxprune.errors import (
+    FoldError,
+    GraphError,
+    PassError,
+    PostconditionError,
+    PreconditionError,
+)
+from fxprune.graph.placement import find_sites
+from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.passes import (
+    Adaptor,
+    Canonicalize,
+    DropRegions,
+    FoldAdaptors,
+    FoldBatchNorm,
+    FxPass,
+    InsertAdaptors,
+    PropagateShapes,
+)
+from tests.strategies import BlockSpec, NetSpec, image_batch, skipped
+
+SPEC = NetSpec((4, 6), (2,), (True,), ((BlockSpec("basic"),) * 2, (BlockSpec("bottleneck"),) * 3))
+
+
+def network() -> fx.GraphModule:
+    return fxprune.trace(SPEC.build(), image_batch())
+
+
+def regions(gm: fx.GraphModule, kinds: tuple[str, ...] = ("identity",)) -> dict[str, Region]:
+    return {region.label: region for region in fxprune.discover(gm, kinds=kinds).regions}
+
+
+def names(gm: fx.GraphModule) -> list[str]:
+    return [node.name for node in gm.graph.nodes]
+
+
+# --- the base class ---
+
+
+class Given(FxPass):
+    """A pass whose `call` is given."""
+
+    def __init__(self, call: Callable[[fx.GraphModule], PassResult]) -> None:
+        self._call = call
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        return self._call(graph_module)
+
+
+def test_a_foreign_exception_becomes_a_pass_error_with_its_cause() -> None:
+    def fail(gm: fx.GraphModule) -> PassResult:
+        raise KeyError("lost")
+
+    with pytest.raises(PassError, match="Given failed: KeyError: 'lost'") as caught:
+        Given(fail)(network())
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_error_of_the_tree_stays_what_it_is() -> None:
+    error = FoldError("as it was", nodes=["here"])
+
+    def fail(gm: fx.GraphModule) -> PassResult:
+        raise error
+
+    with pytest.raises(FoldError) as caught:
+        Given(fail)(network())
+    assert caught.value is error
+
+
+def test_another_object_is_the_authors_mistake() -> None:
+    with pytest.raises(PostconditionError, match=r"Given works in place.*author must return"):
+        Given(lambda gm: PassResult(copy.deepcopy(gm), False))(network())
+
+
+def test_a_result_that_does_not_lint_is_found() -> None:
+    def break_(gm: fx.GraphModule) -> PassResult:
+        first, second = gm.graph.find_nodes(op="call_module")[:2]
+        first.replace_input_with(first.all_input_nodes[0], second)  # reads what is computed later
+        return PassResult(gm, True)
+
+    with pytest.raises(PostconditionError, match="does not lint"):
+        Given(break_)(network())
+
+
+def test_the_result_is_recompiled_and_then_checked() -> None:
+    seen: list[str] = []
+
+    class Renames(FxPass):
+        def requires(self, graph_module: fx.GraphModule) -> None:
+            seen.append(f"requires {'relu' in graph_module.code}")
+
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            for node in graph_module.graph.find_nodes(op="call_function", target=torch.relu):
+                node.target = torch.sigmoid
+            return PassResult(graph_module, True)
+
+        def ensures(self, graph_module: fx.GraphModule) -> None:
+            seen.append(f"ensures {'sigmoid' in graph_module.code}")
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x)
+
+    gm = fx.symbolic_trace(Net())
+    Renames()(gm)
+    assert seen == ["requires True", "ensures True"]
+    assert torch.equal(gm(torch.zeros(1)), torch.tensor([0.5]))
+
+
+def test_passes_run_in_torchs_own_manager() -> None:
+    gm = network()
+    label, region = next(iter(regions(gm).items()))
+    sites = find_sites(gm, [region]).sites
+    net = SPEC.build()
+    manager = PassManager(
+        passes=[
+            PropagateShapes(image_batch()),
+            DropRegions([region]),
+            InsertAdaptors(sites),
+            FoldAdaptors(),
+            Canonicalize(),
+        ],
+        run_checks_after_each_pass=True,
+    )
+    result = manager(gm)
+    with torch.no_grad(), skipped(net, label):
+        assert torch.allclose(result.graph_module(image_batch()), net(image_batch()), rtol=0, atol=1e-12)
+
+
+def test_torchs_manager_shows_our_error_as_the_cause() -> None:
+    missing = AdaptorSite("nowhere", Side.PRE, 4, 1)
+    with pytest.raises(Exception, match="InsertAdaptors") as caught:
+        PassManager(passes=[InsertAdaptors([missing])])(network())
+    assert isinstance(caught.value.__cause__, GraphError)
+
+
+# --- DropRegions ---
+
+
+def test_overlapping_regions_are_refused_by_name() -> None:
+    gm = network()
+    found = regions(gm, ("identity", "sequential"))
+    inner = next(
+        r for r in found.values() if r.kind.value == "sequential" and r.label.startswith("stages.0.0")
+    )
+    with pytest.raises(PreconditionError, match=r"overlap") as caught:
+        DropRegions([found["stages.0.0"], inner])
+    assert inner.label in str(caught.value)
+    assert "stages.0.0" in str(caught.value)
+
+
+def test_regions_of_another_graph_are_refused_and_nothing_is_cut() -> None:
+    other = fxprune.trace(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()), image_batch().float())
+    strange = next(iter(regions(network()).values()))
+    before = names(other)
+    with pytest.raises(GraphError, match="discover the regions on this very graph") as caught:
+        DropRegions([strange])(other)
+    assert caught.value.nodes
+    assert names(other) == before
+    with pytest.raises(GraphError, match="this very graph"):
+        find_sites(other, [strange])
+
+
+def test_the_order_in_which_regions_are_given_does_not_matter() -> None:
+    texts = set()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2], [1, 2, 0]):
+        gm = network()
+        found = [r for label, r in regions(gm).items() if label.startswith("stages.1")]
+        DropRegions([found[i] for i in order])(gm)
+        texts.add(gm.code)
+    assert len(found) == 3
+    assert len(texts) == 1
+
+
+def test_what_was_dropped_is_gone_for_good() -> None:
+    gm = network()
+    region = regions(gm)["stages.0.1"]
+    assert DropRegions([region])(gm).modified
+    assert not set(region.body) & set(names(gm))
+    assert not any(name.startswith("stages.0.1.") for name, _ in gm.named_parameters())
+    assert not DropRegions([region])(gm).modified
+
+
+class Shared(nn.Module):
+    """A block between an in-place reader and a second reader of its entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = (nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4))
+        self.skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out = x if self.skip else x + self.conv2(F.relu(self.conv1(x)))
+        out = F.relu_(out.clone() if self.skip else out)
+        return out + 2 * x
+
+
+@torch.no_grad()
+def test_an_in_place_reader_gets_a_clone_where_the_bypass_is_read_elsewhere() -> None:
+    net = Shared().double().eval()
+    gm = fxprune.trace(net, image_batch())
+    (region,) = [r for r in fxprune.discover(gm).regions if "conv1" in r.modules]
+    DropRegions([region])(gm)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_method"] == ["clone"]
+    net.skip = True
+    assert torch.equal(gm(image_batch()), net(image_batch()))
+
+
+@torch.no_grad()
+def test_no_clone_where_nothing_else_reads_the_bypass() -> None:
+    net = NetSpec((4,), (), (), ((BlockSpec("basic", inplace=True),) * 3,)).build()
+    gm = fxprune.trace(net, image_batch())
+    DropRegions(fxprune.discover(gm).regions[:2])(gm)
+    assert not gm.graph.find_nodes(op="call_method", target="clone")
+    with skipped(net, "stages.0.0", "stages.0.1"):
+        assert torch.equal(gm(image_batch()), net(image_batch()))
+
+
+@torch.no_grad()
+def test_the_networks_input_is_not_changed_by_what_the_cut_leaves() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu_(x + self.conv2(F.relu(self.conv1(x))))
+
+    gm = fxprune.trace(Net().double(), image_batch())
+    DropRegions(fxprune.discover(gm).regions)(gm)
+    batch = image_batch()
+    assert torch.equal(gm(batch), F.relu(image_batch()))
+    assert torch.equal(batch, image_batch())
+
+
+@torch.no_grad()
+def test_a_projection_keeps_its_shortcut() -> None:
+    net = SPEC.build()
+    gm = fxprune.trace(net, image_batch())
+    (region,) = [r for r in regions(gm, ("projection",)).values() if r.kind.value == "projection"]
+    DropRegions([region])(gm)
+    kept = {name for name, _ in gm.named_modules()}
+    assert "stages.1.0.shortcut" in kept
+    assert "stages.1.0.conv" not in kept
+    transition = net.stages[1][0]
+    transition.forward = lambda x: F.relu(transition.shortcut(x))  # type: ignore[method-assign]
+    assert torch.allclose(gm(image_batch()), net(image_batch()), rtol=0, atol=1e-12)
+
+
+# --- InsertAdaptors and FoldAdaptors ---
+
+
+def test_sites_that_do_not_fit_are_refused_before_anything_changes() -> None:
+    gm = network()
+    before = names(gm)
+    fitting = AdaptorSite("stages_0_0_branch_0", Side.PRE, 4, 1)
+    with pytest.raises(GraphError, match="no dense operator") as caught:
+        InsertAdaptors([fitting, AdaptorSite("stem_1", Side.PRE, 4, 1)])(gm)
+    assert caught.value.nodes == ("stem_1",)
+    with pytest.raises(PreconditionError, match="has 4 channels, not 5"):
+        InsertAdaptors([fitting, AdaptorSite("stages_0_0_branch_0", Side.POST, 5, 1)])(gm)
+    assert names(gm) == before
+
+
+def test_grouped_operators_take_no_adaptor() -> None:
+    net = NetSpec((4,), (), (), ((BlockSpec("depthwise"),),)).build()
+    gm = fxprune.trace(net, image_batch())
+    with pytest.raises(PreconditionError, match="grouped"):
+        InsertAdaptors([AdaptorSite("stages_0_0_branch_0", Side.PRE, 4, 1)])(gm)
+
+
+def test_adaptors_stand_where_their_sites_say() -> None:
+    gm = network()
+    sites = [AdaptorSite("stages_0_0_branch_0", side, 4, 1) for side in (Side.PRE, Side.POST)]
+    assert InsertAdaptors(sites)(gm).modified
+    assert not InsertAdaptors(sites)(gm).modified
+    conv = next(n for n in gm.graph.nodes if n.name == "stages_0_0_branch_0")
+    (before,), (after,) = conv.all_input_nodes, conv.users
+    assert isinstance(gm.get_submodule(before.target), Adaptor)
+    assert isinstance(gm.get_submodule(after.target), Adaptor)
+    assert [n.name for n in before.all_input_nodes] == ["stem_2"]
+    assert [n.name for n in after.users] == ["stages_0_0_branch_1"]
+    shortcut = next(n for n in gm.graph.nodes if n.name == "add")
+    assert any(n.name == "stem_2" for n in shortcut.all_input_nodes)  # the shortcut keeps the plain stream
+    assert before.meta["tensor_meta"].shape == (2, 4, 8, 8)
+
+
+def test_adaptors_have_weights_like_their_operator_and_no_bias() -> None:
+    gm = network()
+    site = AdaptorSite("head", Side.PRE, 6, -1)
+    InsertAdaptors([site])(gm)
+    (adaptor,) = [m for m in gm.modules() if isinstance(m, Adaptor)]
+    assert [name for name, _ in adaptor.named_parameters()] == ["weight"]
+    assert adaptor.weight.dtype == torch.float64
+    assert torch.equal(adaptor.weight, torch.eye(6, dtype=torch.float64))
+    assert "head, pre, channels=6" in repr(adaptor)
+
+
+@torch.no_grad()
+def test_both_sides_of_one_operator_fold_together() -> None:
+    gm = network()
+    InsertAdaptors([AdaptorSite("stages_0_0_branch_0", side, 4, 1) for side in Side])(gm)
+    for module in gm.modules():
+        if isinstance(module, Adaptor):
+            module.weight.add_(0.2 * torch.randn(4, 4, dtype=torch.float64))
+    inserted = gm(image_batch())
+    FoldAdaptors()(gm)
+    assert torch.allclose(gm(image_batch()), inserted, rtol=0, atol=1e-10)
+
+
+def test_an_adaptor_whose_operator_is_gone_cannot_fold() -> None:
+    gm = network()
+    InsertAdaptors([AdaptorSite("stages_0_0_branch_0", Side.PRE, 4, 1)])(gm)
+    next(n for n in gm.graph.nodes if n.name == "stages_0_0_branch_0").name = "renamed"
+    with pytest.raises(FoldError, match="stages_0_0_branch_0") as caught:
+        FoldAdaptors()(gm)
+    assert caught.value.nodes == ("stages_0_0_branch_0",)
+
+
+def test_an_adaptor_that_nobody_calls_is_found() -> None:
+    gm = network()
+    gm.add_submodule("stray", Adaptor(AdaptorSite("head", Side.PRE, 6, -1)))
+    with pytest.raises(FoldError, match="adaptors remain at head"):
+        FoldAdaptors()(gm)
+
+
+class Attends(nn.Module):
+    """Packed self-attention between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.outer = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return self.outer(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("side", list(Side))
+@torch.no_grad()
+def test_adaptors_fold_into_packed_attention(side: Side) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    net = Attends().double().eval()
+    nn.init.normal_(net.attention.out_proj.bias)
+    gm = fxprune.trace(net, x)
+    plain, nodes = gm(x), names(gm)
+    InsertAdaptors([AdaptorSite("attention", side, 8, -1)])(gm)
+    assert torch.allclose(gm(x), plain, rtol=0, atol=1e-14)
+    for module in gm.modules():
+        if isinstance(module, Adaptor):
+            module.weight.add_(0.3 * torch.randn(8, 8, dtype=torch.float64))
+    inserted = gm(x)
+    assert not torch.allclose(inserted, plain)
+    FoldAdaptors()(gm)
+    assert torch.allclose(gm(x), inserted, rtol=0, atol=1e-10)
+    assert names(gm) == nodes
+
+
+# --- FoldBatchNorm ---
+
+
+@torch.no_grad()
+def test_batch_norms_fold_into_convolutions() -> None:
+    gm = network()
+    before = gm(image_batch())
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in gm.modules())
+    assert FoldBatchNorm()(gm).modified
+    assert norms > 0
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in gm.modules())
+    assert torch.allclose(gm(image_batch()), before, rtol=0, atol=1e-12)
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+class Norms(nn.Module):
+    """Cases that must be left alone, each with a convolution and a norm."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        self.conv = (Own if case == "subclass" else nn.Conv2d)(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3, track_running_stats=case != "no statistics")
+        self.other = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.case == "convolution twice":
+            return self.bn(self.conv(x)) + self.other(self.conv(x + 1))
+        if self.case == "norm twice":
+            return self.bn(self.bn(self.conv(x)))
+        out = self.conv(x)
+        return self.bn(out) + out if self.case == "output read" else self.bn(out)
+
+
+@pytest.mark.parametrize(
+    "case", ["convolution twice", "norm twice", "output read", "no statistics", "training", "subclass"]
+)
+@torch.no_grad()
+def test_pairs_that_do_not_qualify_are_left_alone(case: str) -> None:
+    gm = fxprune.trace(Norms(case).double(), image_batch())
+    if case == "training":
+        gm.get_submodule("bn").train()
+    code, before = gm.code, {k: v.clone() for k, v in gm.state_dict().items()}
+    assert not FoldBatchNorm()(gm).modified
+    assert gm.code == code
+    assert all(torch.equal(v, before[k]) for k, v in gm.state_dict().items())
+
+
+# --- Canonicalize and PropagateShapes ---
+
+
+@torch.no_grad()
+def test_identities_and_dead_nodes_go_and_in_place_operators_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.nothing = nn.Conv2d(3, 3, 1), nn.Identity()
+            self.unread, self.act = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+            self.unread(x)
+            out = self.nothing(self.conv(x))
+            out.add_(1.0)
+            F.relu_(out)
+            self.act(out)
+            return out
+
+    given = (image_batch(), image_batch())
+    gm = fx.symbolic_trace(Net().double().eval())
+    before = gm(*given)
+    assert Canonicalize()(gm).modified
+    assert torch.equal(gm(*given), before)
+    assert names(gm) == ["x", "unused", "conv", "add_", "relu_", "act", "output"]
+    assert {name for name, _ in gm.named_children()} == {"conv", "act"}
+    assert not Canonicalize()(gm).modified
+
+
+def test_a_subclass_of_identity_may_compute_something() -> None:
+    class Doubles(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    root = nn.Sequential(Doubles())
+    gm = fx.GraphModule(root, Tracer().trace(root))
+    assert not Canonicalize()(gm).modified
+    assert gm(torch.ones(1)) == 2
+
+
+def test_shapes_follow_the_given_inputs() -> None:
+    gm = network()
+    PropagateShapes(image_batch(5, size=12))(gm)
+    conv = next(n for n in gm.graph.nodes if n.name == "stem_0")
+    assert conv.meta["tensor_meta"].shape == (5, 4, 12, 12)
+    with pytest.raises(GraphError, match=r"does not run on example inputs of shape \[\(2, 4, 8, 8\)\]"):
+        PropagateShapes(torch.zeros(2, 4, 8, 8, dtype=torch.float64))(gm)
+    with pytest.raises(GraphError, match="'x' of the network was not given"):
+        PropagateShapes()(gm)

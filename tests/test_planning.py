@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
+import pytest
+
+from fxprune.errors import OptionError
+from fxprune.graph.regions import Kind, Region
+from fxprune.recovery.planning import EXACT_LIMIT, Planner, disjoint
+from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan
+from tests.doubles import comparison
+
+
+def region(label: str, *body: str) -> Region:
+    body = body or (label,)
+    return Region("x", body[-1], "x", body, Kind.IDENTITY, label, (label,), (1, 8, 4, 4), "torch.float32")
+
+
+def block(label: str, loss: float, saving: float, *body: str) -> BlockScore:
+    return BlockScore(region(label, *body), loss, 2 * loss, comparison(1.0, 1.0 - saving))
+
+
+def labels(plan: Sequence[Region]) -> list[str]:
+    return [r.label for r in plan]
+
+
+class Losses:
+    """Made-up joint losses: those of single regions and a penalty for every pair, so that cuts only get dearer."""
+
+    def __init__(self, scores: Sequence[BlockScore], seed: int, penalty: float = 1.0) -> None:
+        draw = random.Random(seed)
+        self._single = {s.region.label: s.recovery_loss for s in scores}
+        pairs = combinations(sorted(self._single), 2)
+        self._pair = {pair: penalty * draw.random() for pair in pairs}
+        self.asked: list[tuple[str, ...]] = []
+
+    def of(self, plan: Sequence[Region]) -> float:
+        names = sorted(labels(plan))
+        return sum(self._single[n] for n in names) + sum(self._pair[p] for p in combinations(names, 2))
+
+    def __call__(self, sets: Sequence[Sequence[Region]]) -> list[float]:
+        self.asked.extend(tuple(labels(s)) for s in sets)
+        return [self.of(s) for s in sets]
+
+
+def some_scores(seed: int, count: int = 7) -> list[BlockScore]:
+    """Disjoint regions, and one more around the first two."""
+    draw = random.Random(seed)
+    names = [f"r{i}" for i in range(count)]
+    found = [block(n, draw.uniform(0.1, 1.0), draw.uniform(0.02, 0.1)) for n in names]
+    return [*found, block("whole", draw.uniform(0.1, 2.0), draw.uniform(0.05, 0.2), "r0", "r1")]
+
+
+def brute_force_greedy(scores: Sequence[BlockScore], losses: Losses) -> list[set[str]]:
+    """Every candidate scored again at every step."""
+    saving = {s.region.label: s.latency.saving for s in scores}
+    path: list[set[str]] = []
+    plan: list[Region] = []
+    while True:
+        left = [s.region for s in scores if not any(s.region.overlaps(p) for p in plan)]
+        if not left:
+            return path
+        value = {r.label: losses.of([*plan, r]) / sum(saving[p.label] for p in (*plan, r)) for r in left}
+        plan.append(min(left, key=lambda r: value[r.label]))
+        path.append(set(labels(plan)))
+
+
+def test_independent_takes_the_best_scores_that_do_not_overlap() -> None:
+    scores = [
+        block("a", 1.0, 0.1),
+        block("b", 0.2, 0.1),
+        block("c", 0.5, 0.1),
+        block("bc", 0.3, 0.1, "b", "c"),
+    ]
+    losses = Losses(scores, 0)
+    planner = Planner(scores, losses, "independent")
+    assert [labels(p) for p in planner.path()] == [["b"], ["b", "c"], ["a", "b", "c"]]
+    assert labels(planner.of_size(2)) == ["b", "c"]
+    assert losses.asked == []  # PRACTISE judges every region alone
+
+
+def test_lazy_greedy_is_greedy() -> None:
+    asked = most = 0
+    for seed in range(20):
+        scores = some_scores(seed)
+        losses = Losses(scores, seed, penalty=0.5)
+        path = [set(labels(p)) for p in Planner(scores, losses, "greedy").path()]
+        assert path == brute_force_greedy(scores, losses)
+        asked += len(losses.asked)
+        most += sum(len(scores) - k for k in range(1, len(path)))
+    assert asked < most
+
+
+def test_lazy_greedy_leaves_hopeless_regions_unscored() -> None:
+    scores = [
+        *(block(f"cheap{i}", 0.1, 0.1) for i in range(3)),
+        *(block(f"dear{i}", 9.0, 0.1) for i in range(5)),
+    ]
+    losses = Losses(scores, 0, penalty=0.1)
+    planner = Planner(scores, losses, "greedy")
+    assert labels(planner.of_size(3)) == ["cheap0", "cheap1", "cheap2"]
+    assert not any(name.startswith("dear") for asked in losses.asked for name in asked)
+
+
+def test_greedy_sees_an_interaction_that_independent_does_not() -> None:
+    scores = [block("a", 1.0, 0.1), block("b", 1.1, 0.1), block("c", 1.2, 0.1)]
+
+    def joint(sets: Sequence[Sequence[Region]]) -> list[float]:
+        return [9.0 if {"a", "b"} <= set(labels(s)) else float(len(s)) for s in sets]
+
+    assert labels(Planner(scores, joint, "independent").of_size(2)) == ["a", "b"]
+    assert labels(Planner(scores, joint, "greedy").of_size(2)) == ["a", "c"]
+    assert labels(Planner(scores, joint, "exact").of_size(2)) in (["a", "c"], ["b", "c"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_exact_finds_the_best_set(seed: int, k: int) -> None:
+    scores = some_scores(seed)
+    losses = Losses(scores, seed)
+    saving = {s.region.label: s.latency.saving for s in scores}
+    sets = [s for s in combinations([s.region for s in scores], k) if disjoint(s)]
+    best = min(sets, key=lambda s: losses.of(s) / sum(saving[r.label] for r in s))
+    assert Planner(scores, losses, "exact").of_size(k) == best
+    assert len(losses.asked) == len(sets)
+
+
+@pytest.mark.parametrize("selection", ["independent", "greedy"])
+@pytest.mark.parametrize("seed", range(5))
+def test_paths_nest_in_graph_order_without_overlaps(selection, seed: int) -> None:
+    scores = some_scores(seed)
+    order = [s.region.label for s in scores]
+    path = list(Planner(scores, Losses(scores, seed), selection).path())
+    assert [len(p) for p in path] == list(range(1, len(path) + 1))
+    for smaller, larger in pairwise(path):
+        assert set(smaller) < set(larger)
+    for plan in path:
+        assert disjoint(plan)
+        assert labels(plan) == sorted(labels(plan), key=order.index)
+    # the path goes on until nothing is left that fits
+    assert not any(disjoint([*path[-1], s.region]) for s in scores if s.region not in path[-1])
+
+
+@pytest.mark.parametrize("selection", ["independent", "greedy", "exact"])
+def test_what_saves_nothing_is_never_chosen(selection) -> None:
+    scores = [block("a", 0.1, 0.0), block("b", 1.0, 0.1), block("slower", 0.1, -0.2), block("c", 2.0, 0.1)]
+    planner = Planner(scores, Losses(scores, 0), selection)
+    assert labels(planner.of_size(2)) == ["b", "c"]
+    with pytest.raises(OptionError, match=r"k is 3, but only 2 regions .* seen for: a, slower\."):
+        planner.of_size(3)
+
+
+@pytest.mark.parametrize("selection", ["independent", "greedy", "exact"])
+def test_overlapping_regions_do_not_count_twice(selection) -> None:
+    scores = [block("a", 0.1, 0.1), block("ab", 0.1, 0.2, "a", "b"), block("abc", 0.3, 0.3, "a", "b", "c")]
+    assert largest_plan([s.region for s in scores]) == 1
+    with pytest.raises(OptionError, match="k is 2, but only"):
+        Planner(scores, Losses(scores, 0), selection).of_size(2)
+
+
+def test_exact_refuses_to_score_without_end() -> None:
+    scores = [block(f"r{i}", 1.0, 0.01) for i in range(30)]
+    losses = Losses(scores, 0)
+    with pytest.raises(OptionError, match=rf"more than {EXACT_LIMIT}; use 'greedy'"):
+        Planner(scores, losses, "exact").of_size(4)
+    assert losses.asked == []
+
+
+def test_savings_add_up_and_the_order_ignores_the_unit() -> None:
+    scores = some_scores(3)
+    planner = Planner(scores, Losses(scores, 3), "greedy")
+    plan = planner.of_size(3)
+    assert planner.saving(plan) == pytest.approx(sum(s.latency.saving for s in scores if s.region in plan))
+    scaled = [
+        BlockScore(s.region, s.recovery_loss, s.bare_loss, comparison(1e3, 1e3 * s.latency.ratio))
+        for s in scores
+    ]
+    assert Planner(scaled, Losses(scores, 3), "greedy").of_size(3) == plan
+    assert DropPlan(tuple(scores), plan).chosen == tuple(labels(plan))

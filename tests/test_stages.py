@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxprune
+from fxprune import stages
+from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
+from fxprune.records import LatencyComparison
+from fxprune.recovery.cached import CachedScorer
+from tests.doubles import brief, comparison, count_latency
+from tests.tiny import BLOCKS, images, tiny
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_latency(monkeypatch)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The sets that the fast scorer computes, in order."""
+    done: list[tuple[str, ...]] = []
+
+    def counting(name: str) -> None:
+        real = getattr(CachedScorer, name)
+
+        def method(self: CachedScorer, regions: Sequence[Any]) -> Any:
+            done.append((name, *(r.label for r in regions)))
+            return real(self, regions)
+
+        monkeypatch.setattr(CachedScorer, name, method)
+
+    counting("fit")
+    counting("estimate")
+    return done
+
+
+def compress(k: int | None = None, *, model: nn.Module | None = None, **settings: Any) -> fx.GraphModule:
+    settings = {"recipe": brief(), "progress": False, "latency_batch": 2, **settings}
+    small = fxprune.compress(model or tiny(), settings.pop("loader", images()), k, **settings)
+    assert isinstance(small, fx.GraphModule)
+    return small
+
+
+def ratio(small: nn.Module) -> float:
+    latency = fxprune.report(small).latency
+    assert isinstance(latency, LatencyComparison)
+    return latency.ratio
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of k, target_speedup and target_latency_ms, not none of them"),
+        ({"k": 1, "target_speedup": 1.2}, r"not \['k', 'target_speedup'\]"),
+        ({"target_latency_ms": 1.0, "target_speedup": 1.2}, r"not \['target_speedup', 'target_latency_ms'\]"),
+        ({"target_speedup": 0.9}, "target_speedup is 0.9; it must be above 1"),
+        ({"target_speedup": 1.0}, "must be above 1"),
+        ({"target_latency_ms": 0.0}, "target_latency_ms is 0.0; it must be positive"),
+        ({"k": 0}, "k is 0; it must be a whole number, 1 or more"),
+        ({"k": True}, "k is True"),
+        ({"k": 5}, "k is 5, but at most 4 regions"),
+        ({"k": 1, "min_agreement": 1.5}, "min_agreement is 1.5"),
+        ({"k": 1, "threads": 0}, "threads is 0"),
+        ({"k": 1, "recipe": "slow"}, "recipe is 'slow'; choose from"),
+    ],
+)
+def test_goals_out_of_range_are_refused_before_any_work(settings, message: str, work) -> None:
+    with pytest.raises(OptionError, match=message):
+        compress(**settings)
+    assert work == []
+
+
+@pytest.mark.parametrize("target", [1.15, 2.5])
+def test_a_speedup_is_reached_with_no_more_than_it_takes(target: float) -> None:
+    small = compress(target_speedup=target)
+    plan = fxprune.report(small).plan
+    assert ratio(small) <= 1 / target
+    assert plan.recovery_loss is not None
+    if len(plan.chosen) > 1:
+        # with one region less the path had not reached it
+        assert ratio(compress(len(plan.chosen) - 1)) > 1 / target
+
+
+def test_a_latency_in_milliseconds_is_reached() -> None:
+    original = fxprune.report(compress(1)).before.median_s
+    goal = 1e3 * original * 0.7
+    report = fxprune.report(compress(target_latency_ms=goal))
+    assert 1e3 * report.after.median_s <= goal
+
+
+def test_a_target_beyond_every_network_says_how_far_one_can_go(work) -> None:
+    with pytest.raises(
+        OptionError, match=r"speed-up of 100.0 is out of reach: without all 4 regions .* times as fast"
+    ):
+        compress(target_speedup=100.0)
+    with pytest.raises(OptionError, match=r"1e-09 ms is out of reach"):
+        compress(target_latency_ms=1e-9)
+    assert work == []  # known before anything is scored
+
+
+def test_a_target_that_only_the_last_measurement_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def compare_plans(
+        job: Any, networks: Sequence[nn.Module], settings: Any = None
+    ) -> tuple[LatencyComparison, ...]:
+        asked.append(len(networks))
+        # promising at first, disappointing ever after
+        return tuple(comparison(1.0, 0.1 if len(asked) == 1 else 0.97) for _ in networks)
+
+    monkeypatch.setattr(stages, "compare_plans", compare_plans)
+    with pytest.raises(OptionError, match=r"out of reach: the furthest plan is 1.03 times as fast \(torch\)"):
+        compress(target_speedup=1.5)
+    assert len(asked) > 1
+
+
+def test_least_agreement_is_taken_on_images_kept_apart() -> None:
+    report = fxprune.report(compress(1, min_agreement=0.0, loader=images(20)))
+    assert report.images == 16
+    assert report.held_back_agreement is not None and 0 <= report.held_back_agreement <= 1
+    assert fxprune.report(compress(1)).held_back_agreement is None
+
+
+def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fxprune.api.agreement", lambda job, small, images: 0.5)
+    with pytest.raises(OptionError, match=r"min_agreement is 0.9, but without body.* agrees .* on 0.500 of"):
+        compress(1, min_agreement=0.9, out=tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["held_back_agreement"] == 0.5
+
+
+def test_agreement_needs_class_scores() -> None:
+    model = nn.Sequential(*list(tiny().children())[:3])
+    assert fxprune.report(compress(1, model=model)).agreement is None
+    with pytest.raises(OptionError, match="one score for each class"):
+        compress(1, model=model, min_agreement=0.5)
+
+
+def test_a_finished_run_is_not_computed_again(tmp_path: Path, work) -> None:
+    first = compress(2, out=tmp_path)
+    assert sorted(work)[-5:] == sorted(
+        [("fit", *fxprune.report(first).plan.chosen), *(("fit", b) for b in BLOCKS)]
+    )
+    work.clear()
+    second = compress(2, out=tmp_path)
+    assert work == []
+    assert fxprune.report(second).plan == fxprune.report(first).plan
+    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    # another goal uses the same scores
+    compress(1, out=tmp_path, selection="independent")
+    assert work == [] or all(len(entry) == 2 for entry in work)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work) -> None:
+    whole = fxprune.report(compress(2)).plan
+    work.clear()
+    fit = CachedScorer.fit
+
+    def interrupted(self: CachedScorer, regions: Sequence[Any]) -> Any:
+        if len(work) == 2:
+            raise KeyboardInterrupt
+        return fit(self, regions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedScorer, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(2, out=tmp_path)
+    finished = set(work)
+    assert len(finished) == 2
+    work.clear()
+    assert fxprune.report(compress(2, out=tmp_path)).plan == whole
+    assert finished.isdisjoint(work)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"seed": 1}, "settings"), ({"loader": images(12, seed=9)}, "images")]
+)
+def test_a_changed_setting_starts_anew_and_says_why(change, says: str, tmp_path: Path, work, caplog) -> None:
+    compress(1, out=tmp_path)
+    work.clear()
+    with caplog.at_level(logging.WARNING):
+        compress(1, out=tmp_path, **change)
+    assert {entry for entry in work if len(entry) == 2} >= {("fit", b) for b in BLOCKS}
+    assert any("starting anew" in r.getMessage() and says in r.getMessage() for r in caplog.records)
+
+
+def test_the_report_is_written_and_the_model_kept(tmp_path: Path) -> None:
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = compress(2, model=model, out=tmp_path)
+    report = fxprune.report(small)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data == json.loads(report.to_json())
+    assert data["plan"]["chosen"] == list(report.plan.chosen) and len(report.plan.chosen) == 2
+    assert data["settings"]["k"] == 2 and data["settings"]["selection"] == "greedy"
+    assert report.recovery_loss_before > 0
+    assert report.fold_error is not None and report.fold_error < 1e-4
+    assert report.parameters[1] == sum(p.numel() for p in small.parameters()) < report.parameters[0]
+    assert {"trace", "latency", "scoring", "selection", "recovery", "measurement"} == set(report.durations)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_practise_mimics_from_the_bare_cut_and_still_checks_its_folds() -> None:
+    report = fxprune.report(compress(2, recipe=brief("practise", adaptor=2, mimic=2)))
+    assert report.settings["selection"] == "independent"
+    assert report.plan.recovery_loss is None
+    assert report.fold_error is not None and report.fold_error < 1e-4
+
+
+def test_networks_and_images_that_do_not_fit_are_refused(work) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"does not accept the calibration images of shape \[\(12, 1, 16, 16\)"
+    ):
+        compress(1, model=fxprune.trace(tiny(), images(2)), loader=images()[:, :1])
+    with pytest.raises(CalibrationError, match=r"torch.float64, the network's weights torch.float32"):
+        compress(1, loader=images().double())
+    with pytest.raises(GraphError, match=r"float16; recovery needs float32: call model.float\(\) first"):
+        compress(1, model=tiny().half())
+    with pytest.raises(GraphError, match="meta device"):
+        compress(1, model=tiny().to("meta"))
+    with pytest.raises(NoRegionError, match="there is no join at all"):
+        compress(1, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    with pytest.raises(GraphError, match="tap 'nowhere'"):
+        compress(1, tap="nowhere")
+    assert work == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match="torch sees no CUDA device"):
+        compress(1, device="cuda")
+
+
+def test_a_report_comes_from_compress_alone() -> None:
+    with pytest.raises(GraphError, match="carries no report"):
+        fxprune.report(tiny())
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with stages.using_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_the_clock_adds_up() -> None:
+    clock = stages.Clock()
+    for _ in range(2):
+        with clock("a"):
+            pass
+    first = clock.seconds["a"]
+    with clock("a"):
+        pass
+    assert set(clock.seconds) == {"a"} and clock.seconds["a"] > first > 0

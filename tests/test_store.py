@@ -1,0 +1,380 @@
+"""Finished scores on disk: what is kept comes back exactly, survives SIGKILL, and is never taken for another run's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.errors import ArtifactError, OptionError
+from fxprune.graph.discovery import discover
+from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.graph.shapes import propagate_shapes
+from fxprune.graph.taps import find_tap
+from fxprune.graph.trace import trace
+from fxprune.options import Backend, FitSettings
+from fxprune.records import Interval, Latency, LatencyComparison
+from fxprune.recovery.adaptors import AdaptorFit
+from fxprune.recovery.calibration import CalibrationSet, Inputs
+from fxprune.recovery.fingerprint import Fingerprint, fingerprint_of
+from fxprune.recovery.store import ScoreStore, StoredScorer, stored_latency
+from tests.motifs import Basic, conv
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = 6
+SETTINGS = {"seed": 0, "backend": "torch"}
+
+
+@dataclass
+class Tiny:
+    """A network of six basic blocks, ready to be scored."""
+
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+    tap: tuple[str, ...]
+    calibration: CalibrationSet
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Tiny:
+    torch.manual_seed(0)
+    blocks = [Basic() for _ in range(BLOCKS)]
+    model = nn.Sequential(conv(3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x = torch.randn(10, 3, 8, 8, dtype=dtype)
+    gm = trace(model.to(dtype).eval(), (x[:2],))
+    gm.requires_grad_(False)
+    propagate_shapes(gm, (x[:2],), {})
+    return Tiny(gm, discover(gm).regions, tuple(find_tap(gm, None)), CalibrationSet(Inputs((x,))))
+
+
+class Pretender:
+    """A scorer whose fits are made up from the labels; it counts, and takes its time."""
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self.fitted: list[tuple[str, ...]] = []
+        self.prepared: list[int] = []
+        self.pause_s = pause_s
+
+    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
+        self.prepared.append(len(sets))
+
+    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+        time.sleep(self.pause_s)
+        labels = tuple(sorted(region.label for region in regions))
+        self.fitted.append(labels)
+        generator = torch.Generator().manual_seed(sum(map(ord, "".join(labels))))
+        sites = [AdaptorSite(f"conv_{side.value}", side, 3, 1) for side in Side]
+        maps = {site: torch.randn(3, 3, generator=generator) for site in sites}
+        return AdaptorFit(maps, 0.1 + len(regions) / 3, 2 / 3)
+
+    def estimate(self, regions: Sequence[Region]) -> float:
+        return self.fit(regions).loss / 7
+
+
+def same(a: AdaptorFit, b: AdaptorFit) -> bool:
+    maps = list(a.maps) == list(b.maps) and all(torch.equal(a.maps[s], b.maps[s]) for s in a.maps)
+    return maps and (a.loss, a.loss_before) == (b.loss, b.loss_before)
+
+
+@pytest.fixture(scope="module")
+def network() -> Tiny:
+    return tiny()
+
+
+@pytest.fixture
+def key(network: Tiny) -> Fingerprint:
+    return fingerprint_of(network.gm, network.calibration, SETTINGS)
+
+
+def test_a_kept_fit_comes_back_bit_for_bit_whatever_the_order_of_its_regions(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    store = ScoreStore(tmp_path, key)
+    pair = network.regions[:2]
+    fit = replace(Pretender().fit(pair), loss=float("inf"))
+    assert store.get(pair) is None
+    store.put(pair, fit)
+    again = ScoreStore(tmp_path, key).get(pair[::-1])
+    assert again is not None
+    assert same(fit, again)
+    assert store.get(pair[:1]) is None
+    assert len(store) == 1
+
+
+def test_a_fit_without_adaptors_is_kept_too(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
+    store = ScoreStore(tmp_path, key)
+    store.put(network.regions[:1], AdaptorFit({}, 0.5, 0.5))
+    found = store.get(network.regions[:1])
+    assert found is not None
+    assert same(found, AdaptorFit({}, 0.5, 0.5))
+
+
+def test_a_second_run_computes_nothing_and_prepares_nothing(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    sets = [[region] for region in network.regions]
+    for expected in (BLOCKS, 0):
+        inner = Pretender()
+        scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
+        scorer.prepare(sets)
+        fits = [scorer.fit(regions) for regions in sets]
+        assert (scorer.computed, scorer.reused, len(inner.fitted)) == (expected, BLOCKS - expected, expected)
+        assert inner.prepared == ([BLOCKS] if expected else [])
+    assert all(same(fit, Pretender().fit(s)) for fit, s in zip(fits, sets, strict=True))
+
+
+def test_a_scorer_hears_of_all_sets_even_if_some_are_finished(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    sets = [[region] for region in network.regions]
+    store = ScoreStore(tmp_path, key)
+    StoredScorer(Pretender(), store).fit(sets[0])
+    inner = Pretender()
+    scorer = StoredScorer(inner, store)
+    scorer.prepare(sets)
+    scorer.fit(sets[0])
+    assert inner.prepared == []
+    scorer.fit(sets[1])
+    assert inner.prepared == [BLOCKS]
+
+
+def test_estimates_are_kept_apart_from_fits(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
+    pair = network.regions[:2]
+    wanted = Pretender().estimate(pair)
+    first = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    assert first.fit(pair).loss == wanted * 7
+    assert first.estimate(pair) == wanted
+    again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    assert again.estimate(pair[::-1]) == wanted
+    assert (first.computed, again.computed, again.reused) == (2, 0, 1)
+
+
+def score_slowly(folder: str) -> None:
+    network = tiny()
+    store = ScoreStore(folder, fingerprint_of(network.gm, network.calibration, SETTINGS))
+    scorer = StoredScorer(Pretender(pause_s=0.3), store)
+    for region in network.regions:
+        scorer.fit([region])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment, cwd=ROOT) as run:
+        limit = time.monotonic() + 50
+        while len(list(tmp_path.glob("score-*"))) < 3:
+            assert run.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+    finished = len(list(tmp_path.glob("score-*")))
+    assert 3 <= finished < BLOCKS
+    # the other process hashed graph, weights, images and settings to the same key
+    scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    fits = [scorer.fit([region]) for region in network.regions]
+    assert (scorer.reused, scorer.computed) == (finished, BLOCKS - finished)
+    assert all(same(f, Pretender().fit([r])) for f, r in zip(fits, network.regions, strict=True))
+
+
+def altered_weights(network: Tiny) -> Fingerprint:
+    other = tiny()
+    with torch.no_grad():
+        next(other.gm.parameters()).view(-1)[0] += 1e-6
+    return fingerprint_of(other.gm, network.calibration, SETTINGS)
+
+
+def altered_graph(network: Tiny) -> Fingerprint:
+    other = tiny()
+    next(m for m in other.gm.modules() if isinstance(m, nn.BatchNorm2d)).eps = 1e-4
+    return fingerprint_of(other.gm, network.calibration, SETTINGS)
+
+
+def altered_images(network: Tiny) -> Fingerprint:
+    return fingerprint_of(network.gm, network.calibration.split(0.5, 0)[0], SETTINGS)
+
+
+def altered_settings(network: Tiny) -> Fingerprint:
+    return fingerprint_of(network.gm, network.calibration, {**SETTINGS, "seed": 1})
+
+
+def altered_versions(network: Tiny) -> Fingerprint:
+    return replace(fingerprint_of(network.gm, network.calibration, SETTINGS), versions='{"torch": "0.4"}')
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (altered_weights, "weights"),
+        (altered_graph, "graph"),
+        (altered_images, "images"),
+        (altered_settings, "settings (seed: 0, now 1)"),
+        (altered_versions, "versions (fxprune: '"),
+    ],
+)
+def test_another_run_starts_anew_and_says_why(
+    tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture, alter, reason: str
+) -> None:
+    region = network.regions[:1]
+    store = ScoreStore(tmp_path, key)
+    store.put(region, Pretender().fit(region))
+    store.put_record("latency", [1])
+    mine = [tmp_path / "score-notes.txt", tmp_path / "report.json"]
+    for path in mine:
+        path.write_text("mine")
+    with caplog.at_level(logging.WARNING):
+        new = ScoreStore(tmp_path, alter(network))
+    assert f"starting anew, because these changed: {reason}" in caplog.text
+    assert caplog.text.count(";") == 1  # one part changed, not several
+    assert new.get(region) is None
+    assert new.get_record("latency") is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["key.json", *(p.name for p in mine)])
+    caplog.clear()
+    ScoreStore(tmp_path, alter(network))
+    assert caplog.text == ""
+
+
+def test_a_store_left_open_by_another_run_does_not_mix_with_this_one(
+    tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = ScoreStore(tmp_path, altered_settings(network))
+    new = ScoreStore(tmp_path, key)
+    old.put(network.regions[:1], Pretender().fit(network.regions[:1]))
+    old.put_record("latency", [1])
+    assert new.get(network.regions[:1]) is None
+    assert new.get_record("latency") is None
+    assert caplog.text.count("belongs to another run") == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_a_damaged_score_is_computed_again(
+    tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    region = network.regions[:1]
+    scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    wanted = scorer.fit(region)
+    (path,) = tmp_path.glob("score-*")
+    data = path.read_bytes()
+    bad = {"cut": data[:-9], "empty": b"", "flipped": data[:-1] + bytes([data[-1] ^ 1]), "text": b"x" * 99}
+    path.write_bytes(bad[damage])
+    assert same(scorer.fit(region), wanted)
+    assert "damaged" in caplog.text
+    assert str(path) in caplog.text
+    caplog.clear()
+    assert same(scorer.fit(region), wanted)
+    assert (scorer.computed, scorer.reused, caplog.text) == (2, 1, "")
+
+
+def test_a_damaged_key_costs_no_score(
+    tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture
+) -> None:
+    region = network.regions[:1]
+    ScoreStore(tmp_path, key).put(region, Pretender().fit(region))
+    (tmp_path / "key.json").write_text('{"graph":')
+    assert ScoreStore(tmp_path, key).get(region) is not None
+    assert "written again" in caplog.text
+
+
+def test_another_programs_folder_is_left_alone(tmp_path: Path, key: Fingerprint) -> None:
+    (tmp_path / "key.json").write_text('{"mine": 1}')
+    with pytest.raises(ArtifactError, match=r"not fxprune's.*name another folder"):
+        ScoreStore(tmp_path, key)
+    assert (tmp_path / "key.json").read_text() == '{"mine": 1}'
+
+
+def test_half_written_files_of_a_dead_run_are_cleared_once_they_are_old(
+    tmp_path: Path, key: Fingerprint
+) -> None:
+    name = f".score-{'0' * 64}-123-0123abcd.safetensors"
+    (tmp_path / name).write_bytes(b"half")
+    ScoreStore(tmp_path, key)
+    assert (tmp_path / name).exists()  # perhaps another process's, being written now
+    os.utime(tmp_path / name, (0, 0))
+    ScoreStore(tmp_path, key)
+    assert [p.name for p in tmp_path.iterdir()] == ["key.json"]
+
+
+def test_a_full_disk_is_said_plainly_and_loses_nothing(
+    tmp_path: Path, network: Tiny, key: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    scorer.fit(network.regions[:1])
+
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as stream:
+            stream.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(ArtifactError, match=r"disk is full.*The 1 scores finished before are kept in"):
+            scorer.fit(network.regions[1:2])
+    assert len(list(tmp_path.iterdir())) == 2
+    again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    for region in network.regions[:2]:
+        again.fit([region])
+    assert (again.reused, again.computed) == (1, 1)
+
+
+def test_settings_are_compared_by_value(network: Tiny) -> None:
+    def digest(settings: dict[str, object]) -> str:
+        return fingerprint_of(network.gm, network.calibration, settings).digest
+
+    fit = FitSettings(iterations=3)
+    backend: Backend = "torch"
+    assert digest({"fit": fit, "b": backend}) == digest({"b": "torch", "fit": FitSettings(iterations=3)})
+    assert digest({"fit": fit}) != digest({"fit": FitSettings(iterations=4)})
+    with pytest.raises(OptionError, match="no JSON form"):
+        digest({"what": object()})
+
+
+def comparison(ratio: float) -> LatencyComparison:
+    latency = Latency("torch", "a CPU", (8, 3, 8, 8), 2, 1e-3 / 3, 2e-3, 1e-5, 40)
+    return LatencyComparison(latency, replace(latency, median_s=ratio / 3e3), ratio, Interval(0.1, 0.2))
+
+
+def test_latencies_are_measured_once_for_all_runs(tmp_path: Path, key: Fingerprint) -> None:
+    measured = (comparison(0.7), comparison(1 / 3))
+    calls = []
+
+    def measure() -> tuple[LatencyComparison, ...]:
+        calls.append(1)
+        return measured
+
+    for _ in range(2):
+        assert stored_latency(ScoreStore(tmp_path, key), "savings", measure) == measured
+    assert len(calls) == 1
+    assert stored_latency(ScoreStore(tmp_path, key), "final", measure) == measured
+    assert stored_latency(None, "savings", measure) == measured
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"fingerprint": "KEY", "value": [{"ratio": 1}]}'])
+def test_damaged_latencies_are_measured_again(
+    tmp_path: Path, key: Fingerprint, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    store = ScoreStore(tmp_path, key)
+    (tmp_path / "record-savings.json").write_text(content.replace("KEY", key.digest))
+    assert stored_latency(store, "savings", lambda: [comparison(0.5)]) == (comparison(0.5),)
+    assert "again" in caplog.text
+    assert json.loads((tmp_path / "record-savings.json").read_text())["value"][0]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a b"])
+def test_a_record_needs_a_plain_name(tmp_path: Path, key: Fingerprint, name: str) -> None:
+    with pytest.raises(OptionError, match="cannot be named"):
+        ScoreStore(tmp_path, key).put_record(name, 1)
+
+
+if __name__ == "__main__":
+    score_slowly(sys.argv[1])

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxprune
+from fxprune.errors import NoRegionError, OptionError
+from fxprune.reports.sweep import SweepReport
+from tests.doubles import brief, count_latency
+from tests.tiny import BLOCKS, images, tiny
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_latency(monkeypatch)
+
+
+def sweep(**settings: Any) -> SweepReport:
+    return fxprune.sweep(tiny(), images(), recipe=brief(), progress=False, latency_batch=2, **settings)
+
+
+@pytest.mark.parametrize("selection", ["greedy", "independent"])
+def test_the_whole_front_from_one_scoring(selection, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = sweep(selection=selection, out=out)
+    assert [len(p.dropped) for p in report.points] == [1, 2, 3, 4]
+    for smaller, larger in zip(report.points, report.points[1:], strict=False):
+        assert set(smaller.dropped) < set(larger.dropped)
+        assert larger.latency.after.median_s < smaller.latency.after.median_s
+        assert larger.recovery_loss > 0
+    assert set(report.points[-1].dropped) == set(BLOCKS)
+    assert {s.region.label for s in report.scores} == set(BLOCKS)
+    # what one region costs alone is what it costs as a plan of one
+    single = {s.region.label: s.recovery_loss for s in report.scores}
+    assert report.points[0].recovery_loss == pytest.approx(single[report.points[0].dropped[0]])
+    data = json.loads((out / "sweep.json").read_text())
+    assert [p["dropped"] for p in data["points"]] == [list(p.dropped) for p in report.points]
+    assert data["settings"]["selection"] == selection
+    assert data["accuracy"] is None
+    root = ElementTree.parse(out / "sweep.svg").getroot()
+    assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 4
+    assert (out / "scores").is_dir()
+    assert len(str(report).splitlines()) == 2 + 4
+
+
+def test_a_second_sweep_gives_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sweep(out=tmp_path)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("fxprune.recovery.cached.CachedScorer._fit", never)
+    second = sweep(out=tmp_path)
+    assert second.points == first.points
+    assert second.scores == first.scores
+
+
+def test_evaluate_sees_every_network_and_the_original() -> None:
+    seen: list[int] = []
+
+    def evaluate(network: nn.Module) -> float:
+        assert isinstance(network, fx.GraphModule)
+        assert not any("adaptor" in name for name, _ in network.named_modules())
+        assert network(images(2)).shape == (2, 5)
+        seen.append(sum(p.numel() for p in network.parameters()))
+        return 1.0 / len(seen)
+
+    report = sweep(evaluate=evaluate)
+    assert seen[:4] == sorted(seen[:4], reverse=True)
+    assert seen[4] == sum(p.numel() for p in tiny().parameters())
+    assert [p.accuracy for p in report.points] == [1.0, 0.5, pytest.approx(1 / 3), 0.25]
+    assert report.accuracy == 0.2
+    assert "100.00 %" in str(report)
+
+
+def sweep_all_but(label: str) -> None:
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = fxprune.sweep(model, images(), recipe=brief(), ignore=label, progress=False, latency_batch=2)
+    assert set(report.points[-1].dropped) == set(BLOCKS) - {label}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_must_stay_stays_and_the_model_too() -> None:
+    sweep_all_but("body.3")
+
+
+def test_two_regions_in_a_row_and_one_behind_a_block_that_stays() -> None:
+    sweep_all_but("body.2")
+
+
+def test_errors_come_before_any_work() -> None:
+    with pytest.raises(OptionError, match="threads is 0"):
+        sweep(threads=0)
+    with pytest.raises(OptionError, match="selection is 'best'"):
+        sweep(selection="best")
+    with pytest.raises(NoRegionError, match="no region"):
+        fxprune.sweep(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images(), progress=False)
