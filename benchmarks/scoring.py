@@ -26,11 +26,11 @@ from benchmarks import subjects
 from fxprune.deploy.environment import peak_memory
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
+from fxprune.jobs import Job, using_threads
 from fxprune.options import RECIPES, FitSettings
 from fxprune.recovery.cached import CachedScorer
 from fxprune.recovery.criteria import EndToEndScorer
 from fxprune.recovery.planning import Planner
-from fxprune.stages import Job, using_threads
 from fxprune.tables import render
 
 __all__ = ["main", "scaled_seconds", "spearman"]

@@ -21,11 +21,12 @@ from benchmarks import data, subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
+from fxprune.jobs import Job, using_threads
 from fxprune.options import RECIPES, Recipe, Selection
 from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.selection import BlockScore, DropPlan
-from fxprune.stages import Job, repair, using_threads
+from fxprune.stages import repair
 from fxprune.tables import render
 
 __all__ = ["main"]

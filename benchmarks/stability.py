@@ -20,7 +20,8 @@ import torch
 from benchmarks import subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.deploy.latency import BACKENDS
-from fxprune.stages import Clock, choose, score, using_threads
+from fxprune.jobs import Clock, using_threads
+from fxprune.stages import choose, score
 from fxprune.tables import render
 
 __all__ = ["main"]

@@ -20,11 +20,11 @@ from benchmarks.models.mobilenet_v2 import MobileNetV2
 from fxprune.deploy.savings import measure_savings
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
+from fxprune.jobs import Job, open_job
 from fxprune.options import Backend, CompressOptions, Recipe, Selection, recipe_named
 from fxprune.records import Interval, Latency, LatencyComparison
 from fxprune.recovery.calibration import draw
 from fxprune.recovery.selection import BlockScore
-from fxprune.stages import Job, open_job
 
 __all__ = [
     "MODELS",

@@ -22,8 +22,9 @@ from fxprune.graph.regions import Region
 from fxprune.graph.trace import trace
 from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions
-from fxprune.recovery.parts import capture_inputs, output_tap, replace_submodule
+from fxprune.recovery.parts import capture_inputs, output_tap
 from fxprune.recovery.recover import recover
+from fxprune.recovery.replacement import replace_submodule
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune import stages
+from fxprune import jobs, stages
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
 from fxprune.records import LatencyComparison
 from fxprune.recovery.cached import CachedScorer
@@ -247,13 +247,13 @@ def test_a_report_comes_from_compress_alone() -> None:
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with stages.using_threads(before + 1):
+    with jobs.using_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
 
 def test_the_clock_adds_up() -> None:
-    clock = stages.Clock()
+    clock = jobs.Clock()
     for _ in range(2):
         with clock("a"):
             pass

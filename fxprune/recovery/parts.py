@@ -1,10 +1,10 @@
-"""Part of a model: the inputs that one submodule really gets, and the model with that submodule replaced.
+"""Part of a model: the inputs that one submodule really gets, and where it is mimicked.
 
 A detector, or any model whose own forward has control flow, cannot be traced as a whole, but its backbone can:
 
 1. `capture_inputs` runs the model on the loader and keeps what reaches the submodule;
 2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`);
-3. `replace_submodule` puts it back into a copy of the model.
+3. `replacement.replace_submodule` puts it back into a copy of the model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import copy
 import difflib
 import inspect
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
 from fxprune.graph import operators as ops
@@ -28,7 +26,7 @@ from fxprune.recovery.calibration import CalibrationSet, draw
 from fxprune.recovery.inputs import Inputs
 from fxprune.recovery.loading import iterate, narrow
 
-__all__ = ["capture_inputs", "output_tap", "replace_submodule"]
+__all__ = ["capture_inputs", "device_of", "output_tap", "private_copy", "submodule_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +40,6 @@ _LIST_ADVICE = (
     "pass input_fn=, a function from a batch to a tensor, a list of images, a tuple (arguments) or a dict "
     "(keyword arguments)"
 )
-_PLAIN = (bool, int, float, complex, str, type(None))
-# torch.fx drops what it does not know when a graph module is copied, except what stands under this key of its meta
-_PRESERVED: str = getattr(fx.graph_module, "_USER_PRESERVED_ATTRIBUTES_KEY", "_user_preserved_attributes")
 
 
 class _Reached(BaseException):
@@ -98,11 +93,11 @@ def capture_inputs(
         CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
             in shape from one image to the next; the message names both shapes.
     """
-    _submodule(model, path)
+    submodule_of(model, path)
     if limit < 1:
         raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
-    place = _device_of(model) if device is None else torch.device(device)
-    private = _private(model).to(place)
+    place = device_of(model) if device is None else torch.device(device)
+    private = private_copy(model).to(place)
     batches = _batches(loader, limit, seed)
     try:
         calls = _calls(private, path, batches, limit, place, input_fn)
@@ -250,108 +245,8 @@ def output_tap(gm: fx.GraphModule) -> tuple[str, ...]:
     return tap
 
 
-def replace_submodule(
-    model: nn.Module, path: str, part: fx.GraphModule, *, example: Inputs | None = None
-) -> nn.Module:
-    """A copy of a model in which one submodule is another.
-
-    Plain public attributes that only the original submodule has (`backbone.out_channels`) go over to the new one, and
-    parameters of the same name are frozen as they were. Forward hooks on the submodule itself do not go over.
-
-    Args:
-        model: The whole model; it is not changed.
-        path: The submodule to replace, as in `model.get_submodule`.
-        part: What to put there; it is copied, to where the original submodule is.
-        example: Inputs of the submodule. With them both are run: mappings that tracing turned into plain dicts become
-            `OrderedDict` again, and a part whose outputs are built otherwise is refused.
-
-    Returns:
-        The copy, in evaluation mode.
-
-    Raises:
-        OptionError: There is no such submodule.
-        TraceError: The model cannot be copied.
-        GraphError: The part's outputs differ from the original's in structure, shape or type.
-    """
-    original = _submodule(model, path)
-    whole = _private(model)
-    placed = copy.deepcopy(part).to(_device_of(original, model))
-    for module in placed.modules():
-        module.training = False  # not .eval(): the modules of an exported program refuse it
-    frozen = {name: p.requires_grad for name, p in original.named_parameters(remove_duplicate=False)}
-    for name, parameter in placed.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
-    _forward_attributes(original, placed)
-    if example is not None:
-        _restore_outputs(whole.get_submodule(path), placed, example.to(_device_of(original, model)), path)
-    parent, _, name = path.rpartition(".")
-    setattr(whole.get_submodule(parent), name, placed)
-    return whole
-
-
-def _forward_attributes(original: nn.Module, part: fx.GraphModule) -> None:
-    missing = {
-        name: copy.deepcopy(value)
-        for name, value in vars(original).items()
-        if not name.startswith("_") and not hasattr(part, name) and _is_plain(value)
-    }
-    for name, value in missing.items():
-        setattr(part, name, value)
-    part.meta[_PRESERVED] = {**part.meta.get(_PRESERVED, {}), **missing}
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, _PLAIN)
-
-
-@torch.no_grad()
-def _restore_outputs(original: nn.Module, part: fx.GraphModule, example: Inputs, path: str) -> None:
-    """Makes a part return what the original returns, not only the same tensors."""
-
-    def run(module: nn.Module) -> Any:
-        given = example.map(torch.clone)  # either may change its inputs in place
-        return module(*given.args, **given.kwargs)
-
-    wanted, found = run(original), run(part)
-    if pytree.tree_structure(wanted) != pytree.tree_structure(found):
-        node = next(iter(part.graph.find_nodes(op="output")))
-        with part.graph.inserting_before(node):
-            node.args = (_ordered(part.graph, node.args[0], wanted),)
-        part.recompile()
-        found = run(part)
-    if _outline(wanted) != _outline(found):
-        raise GraphError(
-            f"the part to put at {path!r} returns {_outline(found)}, the original {_outline(wanted)}; tensors have to "
-            "agree in number, shape and type"
-        )
-
-
-def _ordered(graph: fx.Graph, arg: Any, wanted: Any) -> Any:
-    """The output's argument with a call of `OrderedDict` wherever the original returned one."""
-    if isinstance(arg, dict) and isinstance(wanted, dict):
-        inside = {key: _ordered(graph, arg[key], wanted.get(key)) for key in arg}
-        if type(wanted) is OrderedDict:
-            return graph.call_function(OrderedDict, (list(inside.items()),))
-        return inside
-    if isinstance(arg, (tuple, list)) and isinstance(wanted, (tuple, list)) and len(arg) == len(wanted):
-        inner = [_ordered(graph, a, w) for a, w in zip(arg, wanted, strict=True)]
-        return type(arg)(*inner) if hasattr(arg, "_fields") else type(arg)(inner)
-    return arg
-
-
-def _outline(value: Any) -> str:
-    leaves, structure = pytree.tree_flatten(value)
-    tensors = [
-        f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    ]
-    return f"{' '.join(str(structure).split())} of {', '.join(tensors)}"
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
+def submodule_of(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path; an `OptionError` names the nearest where there is none."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if path in names:
         return model.get_submodule(path)
@@ -362,7 +257,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     raise OptionError(f"{type(model).__name__} has no submodule {path!r}; {hint}")
 
 
-def _private(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode; a `TraceError` where the model has none."""
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
@@ -371,7 +267,8 @@ def _private(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _device_of(*modules: nn.Module) -> torch.device:
+def device_of(*modules: nn.Module) -> torch.device:
+    """The device of the first tensor that one of the modules holds."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
