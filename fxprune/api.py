@@ -21,6 +21,7 @@ from fxprune.jobs import Clock, Job, default_device, input_names, open_job, usin
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.records import LatencyComparison
 from fxprune.recovery.calibration import CalibrationSet, draw
+from fxprune.recovery.inputs import Inputs
 from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
 from fxprune.recovery.parts import capture_inputs, output_tap
 from fxprune.recovery.recover import Recovered
@@ -144,7 +145,7 @@ def compress(
         write_text_atomic(folder / "report.json", made.to_json())
     _require_agreement(options, made)
     small = recovered.graph.requires_grad_(True)
-    small.meta.update({_REPORT: made, _EXAMPLE: calibration.example(2)})
+    small.meta.update({_REPORT: made, _EXAMPLE: _stand_in(calibration.example(2))})
     if submodule is None:
         return small
     assert isinstance(model, nn.Module)  # _read has taken the submodule from it
@@ -208,6 +209,16 @@ def _require_agreement(options: CompressOptions, made: CompressionReport) -> Non
             f"min_agreement is {options.min_agreement}, but without {', '.join(made.plan.chosen)} the network agrees "
             f"with the original on {reached:.3f} of the held-back images; cut less, or give more images"
         )
+
+
+def _stand_in(example: Inputs) -> Inputs:
+    """Noise of the same shapes: a network that is handed on must not carry the customer's images."""
+    generator = torch.Generator().manual_seed(0)
+    return example.map(
+        lambda t: (
+            torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t.clone()
+        )
+    )
 
 
 def _count(gm: fx.GraphModule) -> int:
