@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 PROBE_STEPS = 8
 """Steps that each learning rate of a probe is tried for."""
 
+PROBE_IMAGES = 64
+"""Images that a probe's error is taken over, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
@@ -139,13 +142,14 @@ def recover(
                 shared=True,
             )
 
-        def error() -> float:
-            return mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+        def error(images: CalibrationSet) -> float:
+            return mean_feature_loss(teacher_reader, student_reader, images, device=device)
 
+        few = CalibrationSet(calibration.example(PROBE_IMAGES))
         start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        settings = _probed(recipe.mimic, fit, error, before, lambda: student.load_state_dict(start))
+        settings = _probed(recipe.mimic, fit, lambda: error(few), lambda: student.load_state_dict(start))
         fit(settings, progress)
-        after = error()
+        after = error(calibration)
         if not after < before:
             logger.warning(
                 "mimicking raised the feature error from %.4g to %.4g, so it was undone", before, after
@@ -159,12 +163,12 @@ def _probed(
     settings: FitSettings,
     fit: Callable[[FitSettings, bool], None],
     error: Callable[[], float],
-    before: float,
     reset: Callable[[], object],
 ) -> FitSettings:
     """The settings with the highest learning rate of `probe` that lowers the error within a few steps."""
     if not settings.probe or settings.iterations <= PROBE_STEPS:
         return settings
+    before = error()
     for rate in settings.probe:
         trial = replace(settings, learning_rate=rate, iterations=PROBE_STEPS, schedule="constant")
         try:
