@@ -45,8 +45,8 @@ class FitSettings:
         batch_size: Images a step, or all of them if there are fewer.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
         augment: Whether images are cropped and flipped at random.
-        probe: Learning rates to try from the first on, a few steps each; the first that lowers the error on the
-            calibration images is taken instead of `learning_rate`.
+        probe: Learning rates for networks that no batch norm keeps stable. They are tried from the first on, a few steps
+            each; the first that lowers the error on the calibration images is taken instead of `learning_rate`.
     """
 
     optimizer: Literal["sgd", "adam", "relative-adam"] = "sgd"
@@ -141,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
             probe=(3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5),
             weight_decay=0.0,
             schedule="cosine",
-            batch_size=32,
+            batch_size=64,
             batch_norm="train",
         ),
         fold_first=True,

@@ -26,6 +26,7 @@ from fxprune.recovery.parallel import average_gradients, is_main, share_buffers,
 
 __all__ = [
     "FeatureReader",
+    "adaptable_norms",
     "feature_loss",
     "fit_features",
     "mean_feature_loss",
@@ -93,15 +94,20 @@ def trainable_parameters(part: fx.GraphModule) -> list[nn.Parameter]:
     return [p for key, p in found.items() if uses[key] == 1 and p.is_floating_point()]
 
 
-@contextmanager
-def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
-    """Lets batch norms that are called once normalise by the batch, while the fit lasts."""
+def adaptable_norms(part: fx.GraphModule) -> list[_BatchNorm]:
+    """Batch norms that can normalise by the batch: those with running statistics that are called once."""
     calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
-    norms = [
+    return [
         module
         for name, module in part.named_modules()
         if isinstance(module, _BatchNorm) and calls[name] == 1 and module.track_running_stats
     ]
+
+
+@contextmanager
+def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
+    """Lets batch norms normalise by the batch, while the fit lasts."""
+    norms = adaptable_norms(part)
     if mode == "train" and any(
         n.op == "call_function" and op_name(part, n) == "batch_norm" for n in part.graph.nodes
     ):

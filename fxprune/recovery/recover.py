@@ -17,6 +17,7 @@ from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.mimic import (
     FeatureReader,
+    adaptable_norms,
     fit_features,
     mean_feature_loss,
     surviving_tap,
@@ -147,7 +148,9 @@ def recover(
 
         few = CalibrationSet(calibration.example(PROBE_IMAGES))
         start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        settings = _probed(recipe.mimic, fit, lambda: error(few), lambda: student.load_state_dict(start))
+        settings = recipe.mimic
+        if settings.batch_norm == "eval" or not adaptable_norms(student_reader.part):
+            settings = _probed(settings, fit, lambda: error(few), lambda: student.load_state_dict(start))
         fit(settings, progress)
         after = error(calibration)
         if not after < before:
