@@ -45,8 +45,8 @@ class FitSettings:
         batch_size: Images a step, or all of them if there are fewer.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
         augment: Whether images are cropped and flipped at random.
-        probe: Learning rates for networks that no batch norm keeps stable. They are tried from the first on, a few steps
-            each; the first that lowers the error on the calibration images is taken instead of `learning_rate`.
+        probe: Learning rates for networks that no batch norm keeps stable. They are tried from the first on, a few
+            steps each; the first that lowers the error on the calibration images is taken instead of `learning_rate`.
     """
 
     optimizer: Literal["sgd", "adam", "relative-adam"] = "sgd"
