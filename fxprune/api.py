@@ -195,6 +195,7 @@ def _report(
         seed=job.options.seed,
         durations=clock.seconds,
         versions=versions(job.options.device),
+        notes=recovered.notes,
     )
 
 

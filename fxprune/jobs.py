@@ -234,7 +234,7 @@ def _discover(
             f"{reasons or '  there is no join at all'}{more}\n"
             "kinds=('identity', 'projection', 'sequential') would look for more kinds"
         )
-    most = largest_plan(found.regions)
+    most = len(largest_plan(found.regions))
     if options.k is not None and options.k > most:
         raise OptionError(
             f"k is {options.k}, but at most {most} regions of this network can be dropped together"

@@ -216,6 +216,10 @@ class CompressOptions:
             len(given) == 1,
             f"give exactly one of k, target_speedup and target_latency_ms, not {given or 'none of them'}",
         )
+        _require(
+            self.selection != "exact" or self.k is not None,
+            "selection='exact' compares sets of one size, so it needs k; use 'greedy' for a target",
+        )
         if self.k is not None:
             whole = isinstance(self.k, int) and not isinstance(self.k, bool)
             _require(whole and self.k >= 1, f"k is {self.k!r}; it must be a whole number, 1 or more")

@@ -27,7 +27,7 @@ from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.parallel import fit_all, on_main
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.recover import Recovered, cut_and_fold, recover
-from fxprune.recovery.selection import BlockScore, DropPlan
+from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan
 from fxprune.recovery.store import stored_latency
 
 __all__ = [
@@ -108,10 +108,7 @@ def _check_reach(job: Job) -> None:
     """Refuses a latency target that even the smallest possible network misses."""
     if job.options.k is not None:
         return
-    everything: list[Region] = []
-    for region in sorted(job.found.regions, key=lambda r: len(r.body)):
-        if not any(region.overlaps(other) for other in everything):
-            everything.append(region)
+    everything = largest_plan(job.found.regions)
     measured = on_main(lambda: _timed(job, everything))
     if not _meets(job.options, measured):
         raise OptionError(

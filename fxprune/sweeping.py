@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxprune.deploy.environment import versions
 from fxprune.deploy.savings import without
+from fxprune.errors import OptionError
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind, Region
@@ -83,6 +84,8 @@ def sweep(
     """
     place = default_device(device, model)
     chosen = recipe_named(recipe)
+    if selection == "exact":
+        raise OptionError("selection='exact' has no path of growing plans; use 'greedy' or 'independent'")
     options = CompressOptions(
         k=1,
         target_speedup=None,

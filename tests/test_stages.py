@@ -261,3 +261,17 @@ def test_the_clock_adds_up() -> None:
     with clock("a"):
         pass
     assert set(clock.seconds) == {"a"} and clock.seconds["a"] > first > 0
+
+
+def test_exact_selection_needs_k() -> None:
+    with pytest.raises(OptionError, match="needs k"):
+        compress(target_speedup=1.2, selection="exact")
+
+
+def test_the_report_says_when_mimicking_was_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr("fxprune.recovery.recover.mean_feature_loss", lambda *_, **__: next(losses))
+    made = fxprune.report(compress(1, recipe=brief("practise")))
+    assert made.recovery_loss_after == made.recovery_loss_before == 1.0
+    assert any("undone" in note for note in made.notes)
+    assert "undone" in str(made)

@@ -102,3 +102,8 @@ def test_errors_come_before_any_work() -> None:
         sweep(selection="best")
     with pytest.raises(NoRegionError, match="no region"):
         fxprune.sweep(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images(), progress=False)
+
+
+def test_exact_selection_has_no_path() -> None:
+    with pytest.raises(OptionError, match="no path"):
+        sweep(selection="exact")

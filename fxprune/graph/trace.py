@@ -151,6 +151,8 @@ def _check_same_function(
     wanted = pytree.tree_leaves(model(*given[0][0], **given[0][1]))
     found = pytree.tree_leaves(gm(*given[1][0], **given[1][1]))
     tensors = [(w, f) for w, f in zip(wanted, found, strict=False) if isinstance(w, torch.Tensor)]
+    if len(wanted) != len(found):
+        raise TraceError(f"the graph yields {len(found)} values where the module yields {len(wanted)}")
     for one, other in tensors:
         close = one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
         if not close:

@@ -8,7 +8,8 @@ recovery loss with all its regions dropped, over the relative latency that they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 from fxprune.errors import OptionError
@@ -71,6 +72,8 @@ class Planner:
 
     def path(self) -> Iterator[tuple[Region, ...]]:
         """Plans of 1, 2, 3 ... regions, each in graph order, each containing the one before it."""
+        if self._selection == "exact":
+            raise OptionError("selection='exact' has no path of growing plans; use 'greedy' or 'independent'")
         grow = self._independent if self._selection == "independent" else self._greedy
         for plan in grow():
             yield self._sorted(plan)
@@ -95,10 +98,7 @@ class Planner:
         while left:
             fresh: dict[str, float] = {}
 
-            def bound(region: Region) -> tuple[float, int]:
-                value = (loss + added[region.label]) / self.saving((*plan, region))  # noqa: B023  (used at once)
-                return value, self._order[region.label]
-
+            bound = partial(self._bound, plan, loss, added)
             best = min(left, key=bound)
             while plan and best.label not in fresh:
                 fresh[best.label] = float(self._joint_loss([self._sorted((*plan, best))])[0])
@@ -108,6 +108,12 @@ class Planner:
             plan = (*plan, best)
             left = [region for region in left if not region.overlaps(best)]
             yield plan
+
+    def _bound(
+        self, plan: tuple[Region, ...], loss: float, added: Mapping[str, float], region: Region
+    ) -> tuple[float, int]:
+        """A lower bound of the joint score with one more region; graph order decides between equals."""
+        return (loss + added[region.label]) / self.saving((*plan, region)), self._order[region.label]
 
     def _exact(self, k: int) -> tuple[Region, ...]:
         if k > len(self._usable):

@@ -45,12 +45,14 @@ class Recovered:
         loss_before: Mean squared error at the tap before mimicking.
         loss_after: The same after it.
         fold_error: See `CompressionReport`.
+        notes: What the user should know.
     """
 
     graph: fx.GraphModule
     loss_before: float
     loss_after: float
     fold_error: float | None
+    notes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -126,6 +128,7 @@ def recover(
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
     after = before
+    notes: list[str] = []
     parameters = trainable_parameters(student_reader.part)
     if parameters and recipe.mimic.iterations:
 
@@ -154,12 +157,13 @@ def recover(
         fit(settings, progress)
         after = error(calibration)
         if not after < before:
-            logger.warning(
-                "mimicking raised the feature error from %.4g to %.4g, so it was undone", before, after
+            notes.append(
+                f"mimicking raised the feature error from {before:.4g} to {after:.4g}, so it was undone"
             )
+            logger.warning("%s", notes[-1])
             student.load_state_dict(start)
             after = before
-    return Recovered(student, before, after, fold_error)
+    return Recovered(student, before, after, fold_error, tuple(notes))
 
 
 def _probed(
@@ -182,5 +186,9 @@ def _probed(
         reset()
         if useful:
             break
+    else:
+        logger.warning(
+            "no learning rate of %s lowers the feature error in %d steps", settings.probe, PROBE_STEPS
+        )
     logger.info("mimicking with a learning rate of %g", rate)
     return replace(settings, learning_rate=rate)

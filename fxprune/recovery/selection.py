@@ -54,8 +54,8 @@ class DropPlan:
         return tuple(region.label for region in self.regions)
 
 
-def largest_plan(regions: Sequence[Region]) -> int:
-    """How many of some regions can be dropped together: the most that do not overlap.
+def largest_plan(regions: Sequence[Region]) -> tuple[Region, ...]:
+    """The most regions that can be dropped together: none of them overlap.
 
     Regions nest or are disjoint, so taking the smallest first is optimal.
     """
@@ -63,4 +63,4 @@ def largest_plan(regions: Sequence[Region]) -> int:
     for region in sorted(regions, key=lambda r: len(r.body)):
         if not any(region.overlaps(other) for other in taken):
             taken.append(region)
-    return len(taken)
+    return tuple(taken)
