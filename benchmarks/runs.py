@@ -206,7 +206,7 @@ def native_twin(case: Case, small: GraphModule, chosen: Sequence[str]) -> nn.Mod
         raise PostconditionError(
             f"the compressed network is not the native one without {', '.join(chosen)}: {error}"
         ) from error
-    return native.eval()
+    return native.eval().to(memory_format=torch.channels_last)
 
 
 def max_abs_diff(a: nn.Module, b: nn.Module, images: Tensor) -> float:
