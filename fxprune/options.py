@@ -42,11 +42,13 @@ class FitSettings:
         weight_decay: L2 penalty, coupled as in `torch.optim`.
         schedule: `step` divides the rate by 10 every 40 % of the iterations, `cosine` lets it fall to zero,
             `constant` keeps it.
+        warmup: Iterations in which the rate rises from nothing, on top of the schedule.
         batch_size: Images a step, or all of them if there are fewer.
+        max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
         augment: Whether images are cropped and flipped at random.
-        probe: Learning rates for networks that no batch norm keeps stable. They are tried from the first on, a few
-            steps each; the first that lowers the error on the calibration images is taken instead of `learning_rate`.
+        unnormalised_rate: Learning rate where no batch norm normalises by the batch, and so keeps training stable.
+        retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
     """
 
     optimizer: Literal["sgd", "adam", "relative-adam"] = "sgd"
@@ -55,10 +57,13 @@ class FitSettings:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine", "constant"] = "step"
+    warmup: int = 0
     batch_size: int = 64
+    max_pixels: int | None = None
     batch_norm: Literal["eval", "train"] = "eval"
     augment: bool = True
-    probe: tuple[float, ...] = ()
+    unnormalised_rate: float | None = None
+    retries: int = 0
 
     def __post_init__(self) -> None:
         optimizers = ("sgd", "adam", "relative-adam")
@@ -68,7 +73,16 @@ class FitSettings:
         )
         _require(self.iterations >= 0, f"iterations is {self.iterations}; it must be 0 or more")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
-        _require(all(rate > 0 for rate in self.probe), f"probe is {self.probe}; every rate must be positive")
+        _require(
+            self.unnormalised_rate is None or self.unnormalised_rate > 0,
+            f"unnormalised_rate is {self.unnormalised_rate}; it must be positive",
+        )
+        _require(self.retries >= 0, f"retries is {self.retries}; it must be 0 or more")
+        _require(self.warmup >= 0, f"warmup is {self.warmup}; it must be 0 or more")
+        _require(
+            self.max_pixels is None or self.max_pixels >= 1,
+            f"max_pixels is {self.max_pixels}; it must be positive",
+        )
         _require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
         _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
         schedules = ("step", "cosine", "constant")
@@ -82,11 +96,20 @@ class FitSettings:
 
     def rate(self, iteration: int) -> float:
         """The learning rate at an iteration (counted from 0)."""
+        rate = self.learning_rate * min(1.0, (iteration + 1) / (self.warmup + 1))
         if self.schedule == "constant":
-            return self.learning_rate
+            return rate
         if self.schedule == "cosine":
-            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
-        return float(self.learning_rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
+            return rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
+        return float(rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
+
+    def images_per_step(self, pixels: int) -> int:
+        """The batch size for images of so many pixels: at least one image."""
+        return (
+            self.batch_size
+            if self.max_pixels is None
+            else max(1, min(self.batch_size, self.max_pixels // pixels))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +161,13 @@ RECIPES: dict[str, Recipe] = {
             optimizer="relative-adam",
             iterations=400,
             learning_rate=3e-2,
-            probe=(3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5),
+            unnormalised_rate=3e-3,
+            retries=1,
             weight_decay=0.0,
             schedule="cosine",
+            warmup=10,
             batch_size=64,
+            max_pixels=2**20,
             batch_norm="train",
         ),
         fold_first=True,

@@ -56,6 +56,11 @@ class CalibrationSet:
         """All images as one batch."""
         return self._inputs
 
+    @property
+    def pixels(self) -> int:
+        """Height times width of an image; 1 for inputs without such dimensions."""
+        return max((t.shape[-2] * t.shape[-1] for t in self._inputs.tensors() if t.ndim >= 4), default=1)
+
     def example(self, n: int = 1) -> Inputs:
         """The first `n` images, or all if there are fewer."""
         return self._narrow(0, n)

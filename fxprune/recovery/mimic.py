@@ -29,6 +29,7 @@ __all__ = [
     "adaptable_norms",
     "feature_loss",
     "fit_features",
+    "fixed_norms",
     "mean_feature_loss",
     "optimise",
     "surviving_tap",
@@ -104,14 +105,16 @@ def adaptable_norms(part: fx.GraphModule) -> list[_BatchNorm]:
     ]
 
 
+def fixed_norms(part: fx.GraphModule) -> list[str]:
+    """Nodes of batch norms that keep their running statistics whatever the mode: those of exported graphs."""
+    functions = part.graph.nodes
+    return [n.name for n in functions if n.op == "call_function" and op_name(part, n) == "batch_norm"]
+
+
 @contextmanager
 def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
     """Lets batch norms normalise by the batch, while the fit lasts."""
     norms = adaptable_norms(part)
-    if mode == "train" and any(
-        n.op == "call_function" and op_name(part, n) == "batch_norm" for n in part.graph.nodes
-    ):
-        logger.warning("batch norms of an exported graph stay in evaluation mode during recovery")
     try:
         for norm in norms:
             norm.train(mode == "train")
@@ -205,7 +208,8 @@ def fit_features(
         DistributedError: Another rank ended.
     """
     augment = default_augmentation if settings.augment else None
-    batches = calibration.stream(settings.batch_size, settings.iterations, seed, augment)
+    size = settings.images_per_step(calibration.pixels)
+    batches = calibration.stream(size, settings.iterations, seed, augment)
     bar = tqdm(
         batches, total=settings.iterations, desc=title, disable=not (progress and is_main()), leave=False
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
@@ -19,6 +19,7 @@ from fxprune.recovery.mimic import (
     FeatureReader,
     adaptable_norms,
     fit_features,
+    fixed_norms,
     mean_feature_loss,
     surviving_tap,
     trainable_parameters,
@@ -28,12 +29,6 @@ __all__ = ["Recovered", "cut_and_fold", "recover"]
 
 
 logger = logging.getLogger(__name__)
-
-PROBE_STEPS = 8
-"""Steps that each learning rate of a probe is tried for."""
-
-PROBE_IMAGES = 64
-"""Images that a probe's error is taken over, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,68 +122,63 @@ def recover(
     teacher_reader = FeatureReader(gm, tap)
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
-    after = before
-    notes: list[str] = []
     parameters = trainable_parameters(student_reader.part)
-    if parameters and recipe.mimic.iterations:
+    if not parameters or not recipe.mimic.iterations:
+        return Recovered(student, before, before, fold_error)
 
-        def fit(settings: FitSettings, bars: bool) -> None:
-            fit_features(
-                teacher_reader,
-                student_reader,
-                parameters,
-                calibration,
-                settings,
-                device=device,
-                seed=seed,
-                progress=bars,
-                title="mimicking",
-                shared=True,
-            )
-
-        def error(images: CalibrationSet) -> float:
-            return mean_feature_loss(teacher_reader, student_reader, images, device=device)
-
-        few = CalibrationSet(calibration.example(PROBE_IMAGES))
-        start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        settings = recipe.mimic
-        if settings.batch_norm == "eval" or not adaptable_norms(student_reader.part):
-            settings = _probed(settings, fit, lambda: error(few), lambda: student.load_state_dict(start))
-        fit(settings, progress)
-        after = error(calibration)
-        if not after < before:
-            notes.append(
-                f"mimicking raised the feature error from {before:.4g} to {after:.4g}, so it was undone"
-            )
-            logger.warning("%s", notes[-1])
-            student.load_state_dict(start)
-            after = before
-    return Recovered(student, before, after, fold_error, tuple(notes))
-
-
-def _probed(
-    settings: FitSettings,
-    fit: Callable[[FitSettings, bool], None],
-    error: Callable[[], float],
-    reset: Callable[[], object],
-) -> FitSettings:
-    """The settings with the highest learning rate of `probe` that lowers the error within a few steps."""
-    if not settings.probe or settings.iterations <= PROBE_STEPS:
-        return settings
-    before = error()
-    for rate in settings.probe:
-        trial = replace(settings, learning_rate=rate, iterations=PROBE_STEPS, schedule="constant")
-        try:
-            fit(trial, False)
-            useful = error() < before
-        except CalibrationError:  # the loss left the finite numbers
-            useful = False
-        reset()
-        if useful:
-            break
-    else:
-        logger.warning(
-            "no learning rate of %s lowers the feature error in %d steps", settings.probe, PROBE_STEPS
+    def fit(settings: FitSettings) -> float:
+        fit_features(
+            teacher_reader,
+            student_reader,
+            parameters,
+            calibration,
+            settings,
+            device=device,
+            seed=seed,
+            progress=progress,
+            title="mimicking",
+            shared=True,
         )
-    logger.info("mimicking with a learning rate of %g", rate)
-    return replace(settings, learning_rate=rate)
+        return mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+
+    settings, notes = _settings_for(student_reader.part, recipe.mimic)
+    after, undone = _fit_or_undo(student, fit, settings, before)
+    for note in (*notes, *undone):
+        logger.warning("%s", note)
+    return Recovered(student, before, after, fold_error, (*notes, *undone))
+
+
+def _settings_for(part: fx.GraphModule, settings: FitSettings) -> tuple[FitSettings, list[str]]:
+    """The settings that suit a network's batch norms, and what the user should know about them."""
+    notes: list[str] = []
+    fixed = fixed_norms(part)
+    if settings.batch_norm == "train" and fixed:
+        notes.append(f"batch norms of the exported graph stayed in evaluation mode: {', '.join(fixed)}")
+    normalised = settings.batch_norm == "train" and adaptable_norms(part)
+    if settings.unnormalised_rate is not None and not normalised:
+        settings = replace(settings, learning_rate=settings.unnormalised_rate)
+    return settings, notes
+
+
+def _fit_or_undo(
+    student: nn.Module, fit: Callable[[FitSettings], float], settings: FitSettings, before: float
+) -> tuple[float, list[str]]:
+    """Fits, and goes back to the start where that raised the error; returns the error in the end, and notes."""
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    notes: list[str] = []
+    for left in range(settings.retries, -1, -1):
+        try:
+            after = fit(settings)
+        except CalibrationError:  # the loss left the finite numbers
+            if not left:
+                raise
+            after = float("inf")
+        if after < before:
+            return after, notes
+        notes.append(
+            f"mimicking at a learning rate of {settings.learning_rate:g} raised the feature error from {before:.4g} to "
+            f"{after:.4g}, so it was undone"
+        )
+        student.load_state_dict(start)
+        settings = replace(settings, learning_rate=settings.learning_rate / 10)
+    return before, notes
