@@ -6,20 +6,26 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from fxprune.graph.draft import Draft
+
 __all__ = ["ancestors", "between", "descendants", "share"]
 
 
 def share(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module with a graph of its own and the very same leaf modules and parameters."""
+    """A graph module with a graph of its own and the very same leaf modules and parameters, to be rewritten."""
     graph = fx.Graph()
     val_map: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, val_map)
-    if output is not None:
-        graph.output(output)
+    for node in gm.graph.nodes:
+        # as Graph.node_copy, whose arguments torch would search for symbolic numbers: they were there before
+        new = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        new.args = fx.node.map_arg(node.args, val_map.__getitem__)
+        if node.kwargs:
+            new.kwargs = fx.node.map_arg(node.kwargs, val_map.__getitem__)
+        new.meta.update(node.meta)
+        val_map[node] = new
     graph._codegen = gm.graph._codegen
-    copy = fx.GraphModule(gm, graph, type(gm).__name__)
-    names = {node: new.name for node, new in val_map.items()}
-    assert all(node.name == name for node, name in names.items())  # records speak of nodes by name
+    copy = Draft(gm, graph, type(gm).__name__)
+    assert all(node.name == new.name for node, new in val_map.items())  # records speak of nodes by name
     copy.meta = dict(gm.meta)
     return copy
 
