@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F  # noqa: N812  (torch's own convention)
 
 from fxprune.errors import GraphError, PreconditionError
-from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.dense import DenseOperator, OperatorIndex
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes.base import FxPass
 
@@ -85,15 +85,17 @@ class InsertAdaptors(FxPass):
         present = {m.site for m in graph_module.modules() if isinstance(m, Adaptor)}
         missing = [site for site in self._sites if site not in present]
         index = OperatorIndex(graph_module)
+        operators = {site: index[site.operator] for site in missing}  # all are read before the graph changes
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        # PRE first: a POST adaptor changes what the next operator reads, which the index still names by its old source
+        # PRE first: a POST adaptor changes what the next operator reads, which is still named by its old source
         for site in sorted(missing, key=lambda site: site.side is Side.POST):
-            _insert(graph_module, site, index, nodes)
+            _insert(graph_module, site, operators[site], nodes)
         return PassResult(graph_module, bool(missing))
 
 
-def _insert(gm: fx.GraphModule, site: AdaptorSite, index: OperatorIndex, nodes: dict[str, fx.Node]) -> None:
-    operator = index[site.operator]
+def _insert(
+    gm: fx.GraphModule, site: AdaptorSite, operator: DenseOperator, nodes: dict[str, fx.Node]
+) -> None:
     owner, _, attribute = operator.read.rpartition(".")
     like: Tensor = getattr(gm.get_submodule(owner), attribute)
     name = f"adaptor_{site.side.value}_{site.operator}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
@@ -55,14 +55,14 @@ class Border:
                     stack.append(source)
 
     def crossing(
-        self, entry: fx.Node, exit_: fx.Node, body: Iterable[fx.Node]
+        self, entry: fx.Node, exit_: fx.Node, body: Sequence[fx.Node]
     ) -> tuple[Reason, str, tuple[str, ...]] | None:
         """The first edge that forbids dropping the body: a reason, a sentence, its nodes; None without one."""
         inside = set(body)
-        for node in inside:
+        for node in body:
             if node.op == "placeholder":
                 return Reason.FED_FROM_OUTSIDE, f"input {node.name} enters beside {entry.name}", (node.name,)
-        for node in sorted(inside, key=self._position.__getitem__):
+        for node in body:
             if (
                 node is not exit_
                 and node.name in self._flow

@@ -86,11 +86,18 @@ def _fetch(gm: fx.GraphModule, name: str) -> Any:
     return getattr(gm.get_submodule(owner), attribute, None)
 
 
+def _parameter_ids(module: nn.Module | None) -> set[int]:
+    parts = module.modules() if module is not None else ()
+    return {id(p) for part in parts for p in part._parameters.values() if p is not None}
+
+
 class OperatorIndex:
     """Every dense operator of a graph, and who else uses its weights.
 
+    Operators are read when they are asked for, because a pass that works at a few sites needs no more.
+
     Args:
-        gm: The graph module; read once, so make a new index after a rewrite.
+        gm: The graph module; make a new index after a rewrite.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -99,29 +106,35 @@ class OperatorIndex:
         owners: Counter[int] = Counter()
         for node in gm.graph.nodes:
             if node.op == "call_module":
-                module = ops.module_of(gm, node)
-                owners.update(id(p) for p in (module.parameters() if module is not None else ()))
+                owners.update(_parameter_ids(ops.module_of(gm, node)))
             elif node.op == "get_attr":
                 value = _fetch(gm, str(node.target))
                 if isinstance(value, nn.Parameter):
                     owners.update([id(value)] * len(node.users))
         self._owners = owners
-        self._found: dict[str, DenseOperator] = {}
-        for node in gm.graph.nodes:
-            operator = self._read(node)
-            if operator is not None:
-                self._found[node.name] = operator
+        self._unread = {node.name: node for node in gm.graph.nodes}
+        self._found: dict[str, DenseOperator | None] = {}
 
     def __getitem__(self, name: str) -> DenseOperator:
-        return self._found[name]
+        operator = self.get(name)
+        if operator is None:
+            raise KeyError(name)
+        return operator
 
     def get(self, name: str) -> DenseOperator | None:
         """The operator at a node, None when the node is no dense operator."""
+        node = self._unread.pop(name, None)
+        if node is not None:
+            self._found[name] = self._read(node)
         return self._found.get(name)
 
-    def by_output(self) -> dict[str, DenseOperator]:
-        """Operators keyed by the node that holds their output."""
-        return {operator.output: operator for operator in self._found.values()}
+    def writer(self, node: fx.Node) -> DenseOperator | None:
+        """The operator whose output a node holds: its own, or that of the result it is an item of."""
+        for source in (node, *node.all_input_nodes):
+            operator = self.get(source.name)
+            if operator is not None and operator.output == node.name:
+                return operator
+        return None
 
     def _read(self, node: fx.Node) -> DenseOperator | None:
         if node.op == "call_module":

@@ -59,14 +59,13 @@ def discover(
     search = _Search(gm)
     found: list[Region] = []
     refused: list[Rejection] = []
-    for candidate in search.candidates():
+    for candidate in search.candidates(chains=Kind.SEQUENTIAL in wanted):
         if isinstance(candidate, Rejection):
             refused.append(candidate)
         elif candidate.kind not in wanted:
-            if candidate.kind is not Kind.SEQUENTIAL:
-                refused.append(
-                    _refuse(candidate, Reason.KIND, f"a {candidate.kind.value} region; kinds has no such")
-                )
+            refused.append(
+                _refuse(candidate, Reason.KIND, f"a {candidate.kind.value} region; kinds has no such")
+            )
         else:
             found.append(candidate)
     if Kind.IDENTITY in wanted:
@@ -115,17 +114,17 @@ class _Search:
         self.border = Border(gm, self.flow, self.dominance)
         self.join_of: dict[str, fx.Node] = {}
 
-    def candidates(self) -> Iterator[Region | Rejection]:
-        """Every join and every chain, as a region or as a rejection."""
+    def candidates(self, *, chains: bool) -> Iterator[Region | Rejection]:
+        """Every join, as a region or as a rejection, and every chain that is a region, if chains are asked for."""
         for name, node in self.flow.items():
             if node.op in ("placeholder", "output") or not self.dominance.is_live(name):
                 continue
             operands = [source for source in node.all_input_nodes if source.name in self.flow]
-            if len(operands) > 1 or (ops.is_addition(self.gm, node) and _adds_itself(node)):
+            if len(operands) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node)):
                 candidate = self._join(node, operands)
                 if candidate is not None:
                     yield candidate
-            elif len(operands) == 1 and ops.owns_weights(self.gm, node):
+            elif chains and len(operands) == 1 and ops.owns_weights(self.gm, node):
                 chain = self._chain(node, operands[0])
                 if chain is not None:
                     yield chain

@@ -324,9 +324,9 @@ def output_interval(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float]:
 
 def owns_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node computes with parameters of its own: a module that has some, or a function given some."""
-    if node.op == "call_module":
-        module = module_of(gm, node)
-        return module is not None and next(module.parameters(), None) is not None
+    module = module_of(gm, node)
+    if module is not None:  # as module.parameters(), without its checks: it is hot
+        return any(p is not None for part in module.modules() for p in part._parameters.values())
     if node.op in ("call_function", "call_method"):
         return any(source.op == "get_attr" for source in node.all_input_nodes)
     return False

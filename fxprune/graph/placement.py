@@ -83,7 +83,6 @@ class _Walk:
                 nodes=missing,
             )
         self._index = OperatorIndex(gm)
-        self._by_output = self._index.by_output()
         self._bypass = {region.exit: region for region in regions}
         self._inside = {name: region for region in regions for name in region.body}
         self.sites: dict[AdaptorSite, None] = {}
@@ -109,7 +108,7 @@ class _Walk:
         queue = [node]
         while queue and len(seen) < 64:
             current = queue.pop(0)
-            operator = self._by_output.get(current.name)
+            operator = self._index.writer(current)
             if operator is not None and operator.out_channels in (shape[1], shape[-1]):
                 return operator.out_channels
             if operator is None and current not in seen:
@@ -126,7 +125,7 @@ class _Walk:
             if node in seen or node.op in ("placeholder", "get_attr", "output"):
                 continue
             seen.add(node)
-            operator = self._by_output.get(node.name) if side is Side.POST else self._index.get(node.name)
+            operator = self._index.writer(node) if side is Side.POST else self._index.get(node.name)
             if operator is not None and self._meets(operator, channels, side):
                 if not operator.refusal:
                     self.sites[AdaptorSite(operator.node, side, channels, operator.channel_dim)] = None
