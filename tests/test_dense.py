@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
 from torch.nn.utils import parametrizations
+from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
 
 import fxprune
 from fxprune.errors import TraceError
@@ -252,3 +253,26 @@ def test_attention_whose_packed_weight_is_tied_is_refused() -> None:
     found = operators(Pair(), torch.randn(2, 5, 4), front_end="fx")
     assert len(found) == 2
     assert all("more than once" in operator.refusal for operator in found)
+
+
+@pytest.mark.parametrize("build", [SwinTransformerBlock, SwinTransformerBlockV2])
+@pytest.mark.parametrize("side", [Side.PRE, Side.POST])
+@torch.no_grad()
+def test_windowed_attention_folds_adaptors_on_both_sides(build: Any, side: Side) -> None:
+    torch.manual_seed(0)
+    block = build(8, 2, [4, 4], [2, 2], norm_layer=nn.LayerNorm).double().eval()
+    x = torch.randn(2, 6, 6, 8, dtype=torch.float64)  # 6 is no multiple of 4: the windows are padded
+    gm = fxprune.trace(block, x, front_end="fx")
+    attention = next(n.name for n in gm.graph.nodes if n.name.startswith("shifted_window_attention"))
+    found = OperatorIndex(gm)[attention]
+    assert (found.read, found.write, found.bias) == ("attn.qkv.weight", "attn.proj.weight", "attn.proj.bias")
+    assert (found.in_channels, found.out_channels, found.refusal) == (8, 8, "")
+    before = gm(x)
+    InsertAdaptors([AdaptorSite(attention, side, 8, -1)])(gm)
+    assert torch.equal(gm(x), before)
+    (adaptor,) = [m for m in gm.modules() if isinstance(m, Adaptor)]
+    adaptor.weight.copy_(torch.randn(8, 8))
+    inserted = gm(x)
+    FoldAdaptors()(gm)
+    assert not torch.allclose(inserted, before)
+    assert float((gm(x) - inserted).abs().max()) < 1e-10

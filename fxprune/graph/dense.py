@@ -6,6 +6,8 @@ weights are the same thing to the rest of the package.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
@@ -78,6 +80,8 @@ _FUNCTION_LAYOUTS: dict[str, Layout] = {
     "conv_transpose3d": Layout.CONV_TRANSPOSE,
     "linear": Layout.LINEAR,
 }
+_ATTENTION_FUNCTIONS = {"shifted_window_attention", "shifted_window_attention_3d"}
+"""Functions over tokens that keep their projections as `qkv_weight` and `proj_weight`, with `proj_bias`."""
 _GROUPS_POSITION = {Layout.CONV: 6, Layout.CONV_TRANSPOSE: 6}
 
 
@@ -147,7 +151,10 @@ class OperatorIndex:
             return None
         if node.op != "call_function":
             return None
-        function_layout = _FUNCTION_LAYOUTS.get(ops.op_name(self._gm, node))
+        name = ops.op_name(self._gm, node)
+        if name in _ATTENTION_FUNCTIONS:
+            return self._attention_function(node)
+        function_layout = _FUNCTION_LAYOUTS.get(name)
         return None if function_layout is None else self._function(node, function_layout)
 
     def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
@@ -192,12 +199,8 @@ class OperatorIndex:
         position = _GROUPS_POSITION.get(layout)
         if position is not None and len(node.args) > position:
             groups = node.args[position]
-        tensor = _fetch(self._gm, str(weight.target)) if weight.op == "get_attr" else None
-        tensor = (
-            tensor
-            if isinstance(tensor, torch.Tensor)
-            else torch.empty(ops.shape_of(weight) or (), device="meta")
-        )
+        stored = self._stored(weight)
+        tensor = torch.empty(ops.shape_of(weight) or (), device="meta") if stored is None else stored[1]
         bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
         return self._build(node, layout, str(weight.target), bias_name, tensor, groups, source, refusal)
 
@@ -234,6 +237,13 @@ class OperatorIndex:
             output=node.name,
             refusal=refusal or self._tensor_refusal(tensor),
         )
+
+    def _stored(self, node: Any) -> tuple[str, torch.Tensor] | None:
+        """Name and value of the tensor that a `get_attr` node reads."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        value = _fetch(self._gm, str(node.target))
+        return (str(node.target), value) if isinstance(value, torch.Tensor) else None
 
     def _tensor_refusal(self, weight: torch.Tensor) -> str:
         if self._owners[id(weight)] > 1:
@@ -275,6 +285,30 @@ class OperatorIndex:
             or self._tensor_refusal(module.out_proj.weight),
         )
 
+    def _attention_function(self, node: fx.Node) -> DenseOperator | None:
+        assert callable(node.target)  # it is a call_function node
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        source, read, write, bias = (
+            given.get(name) for name in ("input", "qkv_weight", "proj_weight", "proj_bias")
+        )
+        reading, writing = self._stored(read), self._stored(write)
+        if not isinstance(source, fx.Node) or reading is None or writing is None:
+            return None
+        return DenseOperator(
+            node=node.name,
+            layout=Layout.LINEAR,
+            read=reading[0],
+            write=writing[0],
+            bias=str(bias.target) if isinstance(bias, fx.Node) else None,
+            in_channels=reading[1].shape[1],
+            out_channels=writing[1].shape[0],
+            groups=1,
+            channel_dim=-1,
+            data=(source.name,),
+            output=node.name,
+            refusal=self._tensor_refusal(reading[1]) or self._tensor_refusal(writing[1]),
+        )
+
 
 def _is_plain_map(module: nn.Module) -> bool:
     """Whether a subclass with a forward of its own still is linear in its input channels and in its weight.
@@ -289,8 +323,6 @@ def _is_plain_map(module: nn.Module) -> bool:
         or weight.is_meta
     ):
         return False
-    import copy
-
     try:
         probe = copy.deepcopy(module).double().eval()
         generator = torch.Generator().manual_seed(0)
