@@ -35,7 +35,8 @@ class FitSettings:
 
     Attributes:
         optimizer: `sgd`, `adam`, or `relative-adam`, whose steps are relative to the size of each output channel's
-            weights: networks whose batch norm was folded away have channels of very different sizes.
+            weights: networks whose batch norm was folded away have channels of very different sizes. `width-adam`
+            divides the rate by the number of channels that a weight reads, so that adaptors of all widths learn alike.
         iterations: Steps; 0 leaves the start as it is.
         learning_rate: At the beginning.
         momentum: Of SGD; Adam has its usual moments.
@@ -51,7 +52,7 @@ class FitSettings:
         retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
     """
 
-    optimizer: Literal["sgd", "adam", "relative-adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "relative-adam", "width-adam"] = "sgd"
     iterations: int = 1000
     learning_rate: float = 0.02
     momentum: float = 0.9
@@ -66,7 +67,7 @@ class FitSettings:
     retries: int = 0
 
     def __post_init__(self) -> None:
-        optimizers = ("sgd", "adam", "relative-adam")
+        optimizers = ("sgd", "adam", "relative-adam", "width-adam")
         _require(
             self.optimizer in optimizers,
             f"optimizer is {self.optimizer!r}; choose from {', '.join(optimizers)}",
@@ -149,12 +150,12 @@ RECIPES: dict[str, Recipe] = {
         name="fast",
         scorer="cached",
         adaptor=FitSettings(
-            optimizer="adam",
-            iterations=25,
-            learning_rate=5e-3,
+            optimizer="width-adam",
+            iterations=40,
+            learning_rate=0.2,
             weight_decay=0.0,
             schedule="cosine",
-            batch_size=32,
+            batch_size=16,
             augment=False,
         ),
         mimic=FitSettings(

@@ -17,6 +17,7 @@ from fxprune.recovery import recover as recovery
 from fxprune.recovery.calibration import CalibrationSet, draw
 from fxprune.recovery.inputs import Inputs
 from fxprune.recovery.mimic import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.optimizers import WidthAdam
 from fxprune.recovery.recover import Recovered
 from tests.tiny import images, tiny
 
@@ -162,3 +163,15 @@ def test_batch_norm_that_an_export_fixed_is_told(rates: list[float]) -> None:
     result = recovered(Normalised().eval(), pictures(), front_end="export", iterations=2)
     assert any("stayed in evaluation mode: batch_norm" in note for note in result.notes)
     assert set(rates) <= {RECIPES["fast"].mimic.unnormalised_rate, 3e-4}
+
+
+def test_width_adam_moves_the_outputs_of_all_widths_alike() -> None:
+    moved = []
+    for width in (4, 64):
+        weight = nn.Parameter(torch.zeros(width, width))
+        optimizer = WidthAdam([weight], lr=0.1)
+        (weight @ torch.ones(width)).sum().backward()
+        optimizer.step()
+        moved.append(float((weight.detach() @ torch.ones(width)).abs().max()))
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    assert moved == pytest.approx([0.1, 0.1], rel=1e-3)

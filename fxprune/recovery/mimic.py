@@ -21,7 +21,7 @@ from fxprune.options import FitSettings
 from fxprune.recovery.augment import default_augmentation
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.inputs import Inputs
-from fxprune.recovery.optimizers import RelativeAdam
+from fxprune.recovery.optimizers import RelativeAdam, WidthAdam
 from fxprune.recovery.parallel import average_gradients, is_main, share_buffers, share_of, total
 
 __all__ = [
@@ -127,6 +127,8 @@ def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
 def _optimizer(parameters: Sequence[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "relative-adam":
         return RelativeAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.optimizer == "width-adam":
+        return WidthAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

@@ -1,4 +1,4 @@
-"""Adam with steps relative to the weights they change."""
+"""Adam with steps that suit the weights they change: relative to their size, or to their width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RelativeAdam"]
+__all__ = ["RelativeAdam", "WidthAdam"]
 
 
 def _size(weight: Tensor) -> Tensor:
@@ -43,4 +43,29 @@ class RelativeAdam(torch.optim.Adam):
         result = super().step(closure)
         for parameter, old, size in zip(self._trained, before, self._sizes, strict=True):
             parameter.sub_(old).mul_(size).add_(old)
+        return result
+
+
+class WidthAdam(torch.optim.Adam):
+    """Adam whose rate is divided by the number of inputs of each weight (Tensor Programs V, table 3).
+
+    A step of Adam moves every entry of a `[C, C]` adaptor by about the rate, and so its output by up to C times that.
+
+    Args:
+        parameters: What to train; inputs are counted along the last dimension.
+        lr: Rate for a weight with one input.
+        weight_decay: As in `torch.optim.Adam`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__([{"params": [p]} for p in parameters], lr=lr, weight_decay=weight_decay)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Adam, each weight at its own rate."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] /= max(1, group["params"][0].shape[-1])
+        result = super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
         return result
