@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     archive = _read_bytes(source)
     require_harmless(archive, str(source))
     try:
-        module = torch.export.load(io.BytesIO(archive)).module()
+        with warnings.catch_warnings():  # torch 2.9 reads weights from a buffer that it then never writes to
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            module = torch.export.load(io.BytesIO(archive)).module()
     except Exception as error:
         raise ArtifactError(f"{source} cannot be read as an exported network: {error}") from error
     if not isinstance(module, GraphModule):

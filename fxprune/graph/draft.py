@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +43,6 @@ class Draft(fx.GraphModule):
         """The Python code of the graph as it stands."""
         self._renew()
         return super().code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return fx.GraphModule(self, copy.deepcopy(self.graph), "Draft").__reduce__()
 
     def __str__(self) -> str:
         self._renew()

@@ -39,6 +39,12 @@ class _Recorder(fx.Interpreter):
         return value
 
 
+def _parts(spec: Any) -> Sequence[Any]:
+    """The children of a `TreeSpec`; before torch 2.10 they were an attribute."""
+    parts: Sequence[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return parts
+
+
 def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Orders call arguments as the graph's placeholders.
 
@@ -55,7 +61,7 @@ def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec.num_children == 2 and info.in_spec.type is tuple:
-        keywords = info.in_spec.children()[1].context or []
+        keywords = _parts(info.in_spec)[1].context or []
         ordered = {name: kwargs[name] for name in keywords if name in kwargs}
         return pytree.tree_leaves((tuple(args), ordered))
     if info is not None:
