@@ -25,7 +25,7 @@ from fxprune.options import CompressOptions
 from fxprune.records import LatencyComparison
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.parallel import fit_all, on_main
-from fxprune.recovery.planning import Planner
+from fxprune.recovery.planning import Planner, require_enough
 from fxprune.recovery.recover import Recovered, cut_and_fold, recover
 from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan
 from fxprune.recovery.store import stored_latency
@@ -49,7 +49,7 @@ def score(job: Job, clock: Clock) -> tuple[BlockScore, ...]:
     regions = job.found.regions
     with clock("latency"):
         savings = on_main(lambda: stored_latency(job.store, "savings", lambda: _savings(job)))
-        _check_reach(job)
+        _check_reach(job, savings)
     with clock("scoring"):
         fits = fit_all(job.scorer, [[region] for region in regions])
     job.fits = {region.label: fit for region, fit in zip(regions, fits, strict=True)}
@@ -104,9 +104,10 @@ def _target(options: CompressOptions) -> str:
     return f"{options.target_latency_ms} ms"
 
 
-def _check_reach(job: Job) -> None:
-    """Refuses a latency target that even the smallest possible network misses."""
+def _check_reach(job: Job, savings: Sequence[LatencyComparison]) -> None:
+    """Refuses a goal that even the smallest possible network misses, before the long work starts."""
     if job.options.k is not None:
+        require_enough(job.options.k, list(zip(job.found.regions, savings, strict=True)))
         return
     everything = largest_plan(job.found.regions)
     measured = on_main(lambda: _timed(job, everything))

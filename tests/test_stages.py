@@ -275,3 +275,17 @@ def test_the_report_says_when_mimicking_was_undone(monkeypatch: pytest.MonkeyPat
     assert made.recovery_loss_after == made.recovery_loss_before == 1.0
     assert any("undone" in note for note in made.notes)
     assert "undone" in str(made)
+
+
+def test_too_few_savings_are_told_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch, work: list[tuple[str, ...]]
+) -> None:
+    def noisy(before: object, candidates: Sequence[object], inputs: Any, **rest: Any) -> Any:
+        return tuple(comparison(1.0, 0.9, spread=0.2) for _ in candidates)
+
+    monkeypatch.setattr("fxprune.deploy.savings.compare", noisy)
+    with pytest.raises(
+        OptionError, match=r"k is 1, but only 0 regions.*no saving was seen for: body\.0, body\.1"
+    ):
+        compress(1)
+    assert work == []

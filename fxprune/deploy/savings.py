@@ -15,7 +15,7 @@ from fxprune.records import LatencyComparison
 
 __all__ = ["measure_savings", "without"]
 
-SCORING = TimingSettings(warmup=2, min_rounds=10, max_rounds=60, max_seconds=15.0, half_width=0.01)
+SCORING = TimingSettings(warmup=2, min_rounds=10, max_rounds=120, max_seconds=30.0, half_width=0.01)
 """Enough to tell a saving from noise; the final plan is measured more closely."""
 
 

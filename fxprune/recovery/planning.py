@@ -15,9 +15,10 @@ from itertools import combinations
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
 from fxprune.options import Selection
-from fxprune.recovery.selection import BlockScore
+from fxprune.records import LatencyComparison
+from fxprune.recovery.selection import BlockScore, largest_plan
 
-__all__ = ["EXACT_LIMIT", "Planner", "disjoint"]
+__all__ = ["EXACT_LIMIT", "Planner", "disjoint", "require_enough"]
 
 EXACT_LIMIT = 512
 """Most sets that `exact` will score."""
@@ -28,6 +29,23 @@ JointLoss = Callable[[Sequence[Sequence[Region]]], Sequence[float]]
 def disjoint(regions: Sequence[Region]) -> bool:
     """Whether no two regions overlap."""
     return not any(a.overlaps(b) for a, b in combinations(regions, 2))
+
+
+def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison]]) -> None:
+    """Refuses a `k` that is larger than the number of regions that save time and can be dropped together.
+
+    Raises:
+        OptionError: The message lists the regions whose saving is lost in the noise.
+    """
+    most = len(largest_plan([region for region, saving in savings if saving.distinguishable]))
+    if k <= most:
+        return
+    slow = [region.label for region, saving in savings if not saving.distinguishable]
+    raise OptionError(
+        f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was seen "
+        f"for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on a machine "
+        "that does nothing else"
+    )
 
 
 class Planner:
@@ -61,6 +79,7 @@ class Planner:
         Raises:
             OptionError: Fewer than k regions can be dropped together and save time beyond the noise.
         """
+        require_enough(k, [(score.region, score.latency) for score in self.scores])
         if self._selection == "exact":
             return self._exact(k)
         plan: tuple[Region, ...] = ()
@@ -68,7 +87,10 @@ class Planner:
             plan = grown
             if len(plan) == k:
                 return self._sorted(plan)
-        raise self._too_few(k, len(plan))
+        raise OptionError(
+            f"k is {k}, but the plan ended with {len(plan)} regions, because some contain others; ask for fewer, or "
+            "use selection='exact'"
+        )
 
     def path(self) -> Iterator[tuple[Region, ...]]:
         """Plans of 1, 2, 3 ... regions, each in graph order, each containing the one before it."""
@@ -116,25 +138,14 @@ class Planner:
         return (loss + added[region.label]) / self.saving((*plan, region)), self._order[region.label]
 
     def _exact(self, k: int) -> tuple[Region, ...]:
-        if k > len(self._usable):
-            raise self._too_few(k, len(self._usable))
         count = math.comb(len(self._usable), k)
         if count > EXACT_LIMIT:
             raise OptionError(
                 f"selection='exact' would score {count} sets of {k} regions, more than {EXACT_LIMIT}; use 'greedy'"
             )
         sets = [chosen for chosen in combinations(self._usable, k) if disjoint(chosen)]
-        if not sets:
-            raise self._too_few(k, 0)
         losses = self._joint_loss(sets)
         return min(zip(losses, sets, strict=True), key=lambda pair: pair[0] / self.saving(pair[1]))[1]
 
     def _sorted(self, plan: Sequence[Region]) -> tuple[Region, ...]:
         return tuple(sorted(plan, key=lambda region: self._order[region.label]))
-
-    def _too_few(self, k: int, most: int) -> OptionError:
-        slow = [label for label, score in self._scores.items() if not score.latency.distinguishable]
-        return OptionError(
-            f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was "
-            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, or time a larger batch with latency_batch"
-        )
