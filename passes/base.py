@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import FxpruneError, PassError, PostconditionError
+from fxprune.graph.collector import collector_paused
 
 __all__ = ["FxPass"]
 
@@ -20,6 +21,7 @@ class FxPass(PassBase):
     runs `ensures` on the result (torch's base class runs it on the input, and neither lints nor checks identity).
     """
 
+    @collector_paused()
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Applies the pass.
 

@@ -25,6 +25,7 @@ from torch import fx
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
 from fxprune.graph.border import Border
+from fxprune.graph.collector import collector_paused
 from fxprune.graph.dominance import Dominance, flow_nodes
 from fxprune.graph.labels import Ignore, ignore_rule, label_of, with_unique_labels
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
@@ -33,6 +34,7 @@ from fxprune.graph.shapes import has_shapes
 __all__ = ["discover"]
 
 
+@collector_paused()
 def discover(
     gm: fx.GraphModule,
     *,

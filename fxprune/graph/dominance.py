@@ -64,14 +64,14 @@ class Dominance:
     def __init__(self, flow: dict[str, fx.Node]) -> None:
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from((_SOURCE, *flow, _SINK))
-        for name, node in flow.items():
-            if node.op == "placeholder":
-                graph.add_edge(_SOURCE, name)
-            if node.op == "output":
-                graph.add_edge(name, _SINK)
-            graph.add_edges_from(
-                (source.name, name) for source in node.all_input_nodes if source.name in flow
-            )
+        graph.add_edges_from((_SOURCE, name) for name, node in flow.items() if node.op == "placeholder")
+        graph.add_edges_from((name, _SINK) for name, node in flow.items() if node.op == "output")
+        graph.add_edges_from(
+            (source.name, name)
+            for name, node in flow.items()
+            for source in node.all_input_nodes
+            if source.name in flow
+        )
         self._before = _Tree(dict(nx.immediate_dominators(graph, _SOURCE)), _SOURCE)
         self._after = _Tree(dict(nx.immediate_dominators(graph.reverse(copy=False), _SINK)), _SINK)
 

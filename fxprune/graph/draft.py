@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from fxprune.graph.collector import collector_paused
+
 __all__ = ["Draft"]
 
 
@@ -29,7 +31,8 @@ class Draft(fx.GraphModule):
 
     def _renew(self) -> None:
         if "forward" not in vars(type(self)):
-            super().recompile()
+            with collector_paused():
+                super().recompile()
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]  # read-only here, as on any graph module

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from fxprune.graph.collector import collector_paused
 from fxprune.graph.draft import Draft
 
 __all__ = ["ancestors", "between", "descendants", "share"]
 
 
+@collector_paused()
 def share(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module with a graph of its own and the very same leaf modules and parameters, to be rewritten."""
     graph = fx.Graph()
