@@ -16,7 +16,7 @@ import torch
 
 from fxprune.deploy.artifact import check_writable, write_text_atomic
 
-__all__ = ["RESULTS", "commit", "describe", "versions", "write_result"]
+__all__ = ["RESULTS", "commit", "describe", "kept", "versions", "write_result"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +54,25 @@ def write_result(name: str, payload: Mapping[str, Any], seed: int | None) -> Pat
     file = check_writable(RESULTS) / f"{name}.json"
     write_text_atomic(file, text + "\n")
     return file
+
+
+def kept(name: str, settings: Mapping[str, Any], what: str) -> Any:
+    """Return what an earlier run of a benchmark finished under the same settings, or None; print which it is.
+
+    Args:
+        name: Of the result, see `write_result`.
+        settings: What the figures depend on, as JSON gives them back.
+        what: Key of the finished part, which has a length.
+    """
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    if result.get("settings") != settings:
+        print(f"{file.name}: kept under other settings, so all {what} start anew")
+        return None
+    print(f"{file.name}: {len(result[what])} finished {what} taken up")
+    return result[what]
 
 
 def versions() -> dict[str, str | None]:

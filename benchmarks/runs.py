@@ -28,6 +28,7 @@ __all__ = [
     "Case",
     "Ledger",
     "add_arguments",
+    "add_recipe_arguments",
     "latencies",
     "mean_and_spread",
     "print_table",
@@ -74,15 +75,7 @@ class Ledger:
 
     def __init__(self, name: str, settings: Mapping[str, Any], seed: int) -> None:
         self.name, self.settings, self.seed = name, dict(settings), seed
-        self.runs: list[dict[str, Any]] = []
-        file = environment.RESULTS / f"{name}.json"
-        if file.is_file():
-            kept = json.loads(file.read_text())
-            if kept.get("settings") == self.settings:
-                self.runs = kept["runs"]
-                print(f"{file.name}: {len(self.runs)} finished runs taken up")
-            else:
-                print(f"{file.name}: kept under other settings, so all runs start anew")
+        self.runs: list[dict[str, Any]] = environment.kept(name, self.settings, "runs") or []
 
     def find(self, images: int, seed: int) -> dict[str, Any] | None:
         """Return the finished run with so many images and that seed, or None."""
@@ -108,12 +101,17 @@ class Ledger:
 def add_arguments(parser: argparse.ArgumentParser, *, k: int) -> None:
     """Add the options that every accuracy benchmark has."""
     parser.add_argument("--k", type=int, default=k, help="blocks to drop (default: %(default)s)")
-    parser.add_argument("--recipe", default="fast", choices=sorted(RECIPES), help="default: %(default)s")
-    parser.add_argument("--adaptor-iterations", type=int, help="fewer than the recipe's, for a quick trial")
-    parser.add_argument("--mimic-iterations", type=int, help="fewer than the recipe's, for a quick trial")
+    add_recipe_arguments(parser)
     parser.add_argument("--data", help="folder of the data; else FXPRUNE_DATA, else ../shared/data")
     parser.add_argument("--out", help="name of the result file")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `recipe_from` reads."""
+    parser.add_argument("--recipe", default="fast", choices=sorted(RECIPES), help="default: %(default)s")
+    parser.add_argument("--adaptor-iterations", type=int, help="fewer than the recipe's, for a quick trial")
+    parser.add_argument("--mimic-iterations", type=int, help="fewer than the recipe's, for a quick trial")
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

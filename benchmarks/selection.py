@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks import data, subjects
-from benchmarks.runs import mean_and_spread
+from benchmarks.runs import add_recipe_arguments, mean_and_spread, recipe_from
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
 from fxprune.jobs import Job, using_threads
-from fxprune.options import RECIPES, Recipe, Selection
+from fxprune.options import Recipe, Selection
 from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.selection import BlockScore, DropPlan
@@ -37,7 +37,7 @@ SELECTIONS: tuple[Selection, ...] = ("independent", "greedy", "exact")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
-    recipe = _recipe(arguments)
+    recipe = recipe_from(arguments)
     with using_threads(arguments.threads):
         settings = subjects.settings_of(arguments) | {
             "recipe": dataclasses.asdict(recipe),
@@ -49,16 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             _run_seed(seed, recipe, test, notebook, arguments)
         _print(notebook.put("summary", _summary(notebook, arguments)))
-
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    recipe = RECIPES["fast"]
-    for stage in ("adaptor", "mimic"):
-        iterations = getattr(arguments, f"{stage}_iterations")
-        if iterations is not None:
-            fit = dataclasses.replace(getattr(recipe, stage), iterations=iterations)
-            recipe = dataclasses.replace(recipe, **{stage: fit})
-    return recipe
 
 
 def _test_images(arguments: argparse.Namespace) -> data.LabelledImages:
@@ -209,8 +199,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=3, help="how many, from --seed on (default: %(default)s)"
     )
-    parser.add_argument("--adaptor-iterations", type=int, help="fewer than the recipe's, for a quick trial")
-    parser.add_argument("--mimic-iterations", type=int, help="fewer than the recipe's, for a quick trial")
+    add_recipe_arguments(parser)
     return parser.parse_args(argv)
 
 

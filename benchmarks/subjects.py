@@ -102,15 +102,8 @@ class Notebook:
     def __init__(self, name: str, settings: Mapping[str, Any], seed: int, *, fresh: bool = False) -> None:
         self.name, self.seed = name, seed
         self.settings = json.loads(json.dumps(dict(settings)))  # as it comes back: tuples as lists
-        self.entries: dict[str, Any] = {}
-        file = environment.RESULTS / f"{name}.json"
-        if file.is_file() and not fresh:
-            kept = json.loads(file.read_text())
-            if kept.get("settings") == self.settings:
-                self.entries = kept["entries"]
-                print(f"{file.name}: {len(self.entries)} finished entries taken up")
-            else:
-                print(f"{file.name}: kept under other settings, so all entries start anew")
+        found = None if fresh else environment.kept(name, self.settings, "entries")
+        self.entries: dict[str, Any] = found or {}
 
     def put(self, key: str, entry: T) -> T:
         """Keep an entry, JSON-able.

@@ -36,9 +36,9 @@ def images(count: int = 10) -> CalibrationSet:
     return draw(image_batch(count, dtype=torch.float32))
 
 
-def scorer(gm: fx.GraphModule, count: int = 10, **options: object) -> CachedScorer:
-    settings = replace(SETTINGS, iterations=int(str(options.pop("iterations", 0))))
-    return CachedScorer(gm, find_tap(gm), images(count), settings, device="cpu", seed=0, **options)  # type: ignore[arg-type]
+def scorer(gm: fx.GraphModule, count: int = 10, *, iterations: int = 0, **options: int) -> CachedScorer:
+    settings = replace(SETTINGS, iterations=iterations)
+    return CachedScorer(gm, find_tap(gm), images(count), settings, device="cpu", seed=0, **options)
 
 
 def sets(gm: fx.GraphModule) -> list[list[Region]]:

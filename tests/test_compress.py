@@ -27,6 +27,7 @@ from fxprune.errors import (
 )
 from fxprune.graph.regions import Kind, Reason
 from fxprune.passes import Adaptor, Canonicalize, DropRegions
+from fxprune.records import LatencyComparison
 from fxprune.reports.records import CompressionReport
 from tests.doubles import brief, comparison, count_latency
 from tests.strategies import BlockSpec, NetSpec, ResidualNet, image_batch
@@ -124,7 +125,8 @@ def test_the_report_tells_what_was_done() -> None:
     assert made.recovery_loss_after <= made.recovery_loss_before
     assert made.fold_error is not None
     assert made.fold_error < 1e-4
-    assert made.latency.ratio < 1  # type: ignore[union-attr]
+    assert isinstance(made.latency, LatencyComparison)
+    assert made.latency.ratio < 1
     assert {r.reason for r in made.rejections} == {Reason.KIND} | {
         r.reason for r in fxprune.discover(fxprune.trace(network(), images(2))).rejections
     }
@@ -170,7 +172,8 @@ def test_with_real_latencies() -> None:
     small = compress(network(wide), images(8, size=16), latency_batch=16)
     made = fxprune.report(small)
     assert made.plan.scores[0].latency.distinguishable
-    assert made.latency.ratio < 1  # type: ignore[union-attr]
+    assert isinstance(made.latency, LatencyComparison)
+    assert made.latency.ratio < 1
     assert made.before.backend == "torch"
 
 
@@ -247,7 +250,8 @@ def test_kinds_and_ignore_limit_what_is_cut() -> None:
 @pytest.mark.usefixtures("counted")
 def test_a_target_instead_of_a_number() -> None:
     made = fxprune.report(compress(k=None, target_speedup=1.2))
-    assert made.latency.ratio <= 1 / 1.2  # type: ignore[union-attr]
+    assert isinstance(made.latency, LatencyComparison)
+    assert made.latency.ratio <= 1 / 1.2
     assert len(made.plan.chosen) < 4
     with pytest.raises(OptionError, match="out of reach"):
         compress(k=None, target_speedup=50.0)
