@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import GraphError, PreconditionError
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 from fxprune.graph.regions import Region
 from fxprune.passes.base import FxPass
 
@@ -100,7 +101,7 @@ def _changes(gm: fx.GraphModule, tensor: fx.Node, users: Sequence[fx.Node] | dic
     for user in users:
         if ops.mutated_input(gm, user) is tensor:
             return True
-        if (ops.is_identity(gm, user) or ops.op_name(gm, user) in ops.LAYOUT) and _changes(
+        if (ops.is_identity(gm, user) or ops.op_name(gm, user) in vocabulary.LAYOUT) and _changes(
             gm, user, user.users
         ):
             return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FoldError
+from fxprune.graph import operators as ops
 from fxprune.graph.algebra import fold_bias_post, fold_post, fold_pre
 from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.regions import Side
@@ -32,7 +33,7 @@ class FoldAdaptors(FxPass):
         graph = graph_module.graph
         adaptors: list[Adaptor] = []
         for node in list(graph.nodes):
-            module = _module(graph_module, node)
+            module = ops.module_of(graph_module, node)
             if isinstance(module, Adaptor):
                 adaptors.append(module)
                 node.replace_all_uses_with(node.all_input_nodes[0])
@@ -48,10 +49,6 @@ class FoldAdaptors(FxPass):
         left = [m.site.operator for m in graph_module.modules() if isinstance(m, Adaptor)]
         if left:
             raise FoldError(f"adaptors remain at {', '.join(left)}", nodes=left)
-
-
-def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _parameter(gm: fx.GraphModule, name: str) -> Tensor:

@@ -62,35 +62,37 @@ class InsertAdaptors(FxPass):
     def __init__(self, sites: Sequence[AdaptorSite]) -> None:
         self._sites = tuple(sites)
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Every site's operator must be in the graph and able to absorb an adaptor."""
-        index = OperatorIndex(graph_module)
-        for site in self._sites:
-            operator = index.get(site.operator)
-            if operator is None:
-                raise GraphError(
-                    f"site {site.operator} ({site.side.value}) is no dense operator of this graph; find the sites on "
-                    "this very graph",
-                    nodes=[site.operator],
-                )
-            width = operator.in_channels if site.side is Side.PRE else operator.out_channels
-            if operator.refusal or width != site.channels:
-                reason = operator.refusal or f"it has {width} channels, not {site.channels}"
-                raise PreconditionError(
-                    f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator]
-                )
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Inserts what is missing."""
+        """Checks all sites, then inserts what is missing.
+
+        Raises:
+            GraphError: A site's operator is not in the graph.
+            PreconditionError: It cannot absorb an adaptor.
+        """
+        index = OperatorIndex(graph_module)  # all operators are read before the graph changes
+        operators = {site: _operator(index, site) for site in self._sites}
         present = {m.site for m in graph_module.modules() if isinstance(m, Adaptor)}
         missing = [site for site in self._sites if site not in present]
-        index = OperatorIndex(graph_module)
-        operators = {site: index[site.operator] for site in missing}  # all are read before the graph changes
         nodes = {node.name: node for node in graph_module.graph.nodes}
         # PRE first: a POST adaptor changes what the next operator reads, which is still named by its old source
         for site in sorted(missing, key=lambda site: site.side is Side.POST):
             _insert(graph_module, site, operators[site], nodes)
         return PassResult(graph_module, bool(missing))
+
+
+def _operator(index: OperatorIndex, site: AdaptorSite) -> DenseOperator:
+    operator = index.get(site.operator)
+    if operator is None:
+        raise GraphError(
+            f"site {site.operator} ({site.side.value}) is no dense operator of this graph; find the sites on "
+            "this very graph",
+            nodes=[site.operator],
+        )
+    width = operator.in_channels if site.side is Side.PRE else operator.out_channels
+    if operator.refusal or width != site.channels:
+        reason = operator.refusal or f"it has {width} channels, not {site.channels}"
+        raise PreconditionError(f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator])
+    return operator
 
 
 def _insert(

@@ -63,25 +63,11 @@ class Border:
             if node.op == "placeholder":
                 return Reason.FED_FROM_OUTSIDE, f"input {node.name} enters beside {entry.name}", (node.name,)
         for node in body:
-            if (
-                node is not exit_
-                and node.name in self._flow
-                and not self._dominance.post_dominates(exit_.name, node.name)
-            ):
-                witness = next((u for u in node.users if u not in inside and u.name in self._flow), None)
-                if witness is not None and self._dominance.is_live(witness.name):
-                    return (
-                        Reason.USED_OUTSIDE,
-                        f"{node.name} is used by {witness.name}",
-                        (node.name, witness.name),
-                    )
-            leak = self._size_used_outside(node, inside) if node is not exit_ else None
-            if leak is not None:
-                return (
-                    Reason.USED_OUTSIDE,
-                    f"a size of {node.name} is used by {leak.name}",
-                    (node.name, leak.name),
-                )
+            outside = [user for user in node.users if user not in inside] if node is not exit_ else []
+            if outside:
+                leak = self._leak(node, exit_, outside, inside)
+                if leak is not None:
+                    return leak
             if ops.mutated_input(self._gm, node) is not None and self._reaches(node, entry):
                 return (
                     Reason.MUTATED_ENTRY,
@@ -90,15 +76,30 @@ class Border:
                 )
         return None
 
+    def _leak(
+        self, node: fx.Node, exit_: fx.Node, outside: Sequence[fx.Node], inside: set[fx.Node]
+    ) -> tuple[Reason, str, tuple[str, ...]] | None:
+        """Who outside needs the node's tensor, or a size of it; None when nobody does."""
+        if node.name in self._flow and not self._dominance.post_dominates(exit_.name, node.name):
+            witness = next((user for user in outside if user.name in self._flow), None)
+            if witness is not None and self._dominance.is_live(witness.name):
+                sentence = f"{node.name} is used by {witness.name}"
+                return Reason.USED_OUTSIDE, sentence, (node.name, witness.name)
+        reader = self._size_used_outside(outside, inside)
+        if reader is not None:
+            sentence = f"a size of {node.name} is used by {reader.name}"
+            return Reason.USED_OUTSIDE, sentence, (node.name, reader.name)
+        return None
+
     def _reaches(self, node: fx.Node, entry: fx.Node) -> bool:
         """Whether an in-place operator changes the entry's memory, and something reads the entry after it."""
         same = base_of(self._gm, node)[0] is base_of(self._gm, entry)[0]
         return same and any(self._position[user] > self._position[node] for user in entry.users)
 
-    def _size_used_outside(self, node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
-        """The first node outside that computes with a size (or another non-tensor) taken from a node inside."""
+    def _size_used_outside(self, users: Sequence[fx.Node], inside: set[fx.Node]) -> fx.Node | None:
+        """The first node outside that computes with a size (or another non-tensor) that one of the users takes."""
         seen: set[fx.Node] = set()
-        stack = [u for u in node.users if u not in inside and u.name not in self._flow]
+        stack = [user for user in users if user.name not in self._flow]
         while stack:
             size = stack.pop()
             if size in seen:

@@ -91,7 +91,7 @@ def _fetch(gm: fx.GraphModule, name: str) -> Any:
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:
-    parts = module.modules() if module is not None else ()
+    parts = ops.parts_of(module) if module is not None else ()
     return {id(p) for part in parts for p in part._parameters.values() if p is not None}
 
 
@@ -106,16 +106,17 @@ class OperatorIndex:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._calls = Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
-        owners: Counter[int] = Counter()
+        calls: list[str] = []
+        owned: list[int] = []
         for node in gm.graph.nodes:
             if node.op == "call_module":
-                owners.update(_parameter_ids(ops.module_of(gm, node)))
+                calls.append(str(node.target))
+                owned.extend(_parameter_ids(ops.module_of(gm, node)))
             elif node.op == "get_attr":
                 value = _fetch(gm, str(node.target))
                 if isinstance(value, nn.Parameter):
-                    owners.update([id(value)] * len(node.users))
-        self._owners = owners
+                    owned.extend([id(value)] * len(node.users))
+        self._calls, self._owners = Counter(calls), Counter(owned)
         self._unread = {node.name: node for node in gm.graph.nodes}
         self._found: dict[str, DenseOperator | None] = {}
 

@@ -24,6 +24,7 @@ from torch import fx
 
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 from fxprune.graph.border import Border
 from fxprune.graph.collector import collector_paused
 from fxprune.graph.dominance import Dominance, flow_nodes
@@ -119,17 +120,16 @@ class _Search:
     def candidates(self, *, chains: bool) -> Iterator[Region | Rejection]:
         """Every join, as a region or as a rejection, and every chain that is a region, if chains are asked for."""
         for name, node in self.flow.items():
-            if node.op in ("placeholder", "output") or not self.dominance.is_live(name):
+            if node.op in ("placeholder", "output"):
                 continue
             operands = [source for source in node.all_input_nodes if source.name in self.flow]
-            if len(operands) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node)):
-                candidate = self._join(node, operands)
-                if candidate is not None:
-                    yield candidate
-            elif chains and len(operands) == 1 and ops.owns_weights(self.gm, node):
-                chain = self._chain(node, operands[0])
-                if chain is not None:
-                    yield chain
+            joins = len(operands) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node))
+            begins = chains and len(operands) == 1 and ops.owns_weights(self.gm, node)
+            if not (joins or begins) or not self.dominance.is_live(name):
+                continue
+            candidate = self._join(node, operands) if joins else self._chain(node, operands[0])
+            if candidate is not None:
+                yield candidate
 
     def _join(self, join: fx.Node, operands: list[fx.Node]) -> Region | Rejection | None:
         name = ops.op_name(self.gm, join)
@@ -320,7 +320,7 @@ def _adds_itself(node: fx.Node) -> bool:
 
 def _has_map(gm: fx.GraphModule, node: fx.Node) -> bool:
     name = ops.op_name(gm, node)
-    return name in ops.CONVOLUTIONS or name == "linear"
+    return name in vocabulary.CONVOLUTIONS or name == "linear"
 
 
 def _scale(join: fx.Node, operand: fx.Node) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 
 __all__ = ["base_of", "show_mutation"]
 
@@ -23,7 +24,7 @@ def base_of(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, bool]:
             node = changed
         elif ops.is_identity(gm, node) and ops.op_name(gm, node) != "copy":
             node = node.all_input_nodes[0]
-        elif ops.op_name(gm, node) in ops.VIEWS:
+        elif ops.op_name(gm, node) in vocabulary.VIEWS:
             node, whole = node.all_input_nodes[0], False
         else:
             break

@@ -1,20 +1,20 @@
-"""What the nodes of a graph compute, whichever front end wrote them: small tables and predicates.
+"""What the nodes of a graph compute, whichever front end wrote them: predicates on nodes.
 
 A node is named by one canonical word (`add`, `relu`, `conv2d`), whether it is a module call, a function, a
-method, or an ATen operator from `torch.export`. Names of functions that are not torch's own are kept whole,
-so that a user's function called `dropout` is never taken for torch's.
+method, or an ATen operator from `torch.export`; the words are in `fxprune.graph.vocabulary`.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
+
+from fxprune.graph import vocabulary
 
 __all__ = [
     "data_inputs",
@@ -30,124 +30,11 @@ __all__ = [
     "op_name",
     "output_interval",
     "owns_weights",
+    "parts_of",
     "scope_key",
     "shape_of",
     "tensor_meta",
 ]
-
-TRUSTED = ("torch", "_operator", "operator", "builtins", "torchvision")
-"""Root packages whose function names are canonical."""
-
-MODULE_NAMES: dict[type[nn.Module], str] = {
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardtanh: "hardtanh",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.ELU: "elu",
-    nn.CELU: "celu",
-    nn.SELU: "selu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.PReLU: "prelu",
-    nn.Softplus: "softplus",
-    nn.Dropout: "dropout",
-    nn.Dropout1d: "dropout",
-    nn.Dropout2d: "dropout",
-    nn.Dropout3d: "dropout",
-    nn.AlphaDropout: "dropout",
-    nn.FeatureAlphaDropout: "dropout",
-    nn.BatchNorm1d: "batch_norm",
-    nn.BatchNorm2d: "batch_norm",
-    nn.BatchNorm3d: "batch_norm",
-    nn.SyncBatchNorm: "batch_norm",
-    nn.InstanceNorm2d: "instance_norm",
-    nn.LayerNorm: "layer_norm",
-    nn.GroupNorm: "group_norm",
-    nn.LocalResponseNorm: "local_response_norm",
-    nn.MaxPool2d: "max_pool2d",
-    nn.AvgPool2d: "avg_pool2d",
-    nn.AdaptiveAvgPool1d: "adaptive_avg_pool1d",
-    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
-    nn.AdaptiveAvgPool3d: "adaptive_avg_pool3d",
-    nn.MaxPool3d: "max_pool3d",
-    nn.AvgPool3d: "avg_pool3d",
-    nn.Flatten: "flatten",
-    nn.ZeroPad2d: "pad",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Linear: "linear",
-    nn.MultiheadAttention: "multi_head_attention",
-}
-
-ALIASES: dict[str, str] = {
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "itruediv": "div",
-    "truediv": "div",
-    "clone": "copy",
-    "contiguous": "identity",
-    "detach": "identity",
-    "alias": "identity",
-    "lift_fresh_copy": "copy",
-    "concat": "cat",
-    "concatenate": "cat",
-    "multiply": "mul",
-    "feature_dropout": "dropout",
-    "dropout2d": "dropout",
-    "dropout3d": "dropout",
-    "alpha_dropout": "dropout",
-    "feature_alpha_dropout": "dropout",
-    "native_dropout": "dropout",
-    "native_batch_norm": "batch_norm",
-    "hardtanh": "hardtanh",
-}
-
-INPLACE_FUNCTIONS = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ior}
-)
-NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "local_response_norm"})
-ACTIVATIONS = frozenset(
-    {
-        "relu", "relu6", "hardtanh", "clamp", "clip", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
-        "sigmoid", "tanh", "elu", "celu", "selu", "leaky_relu", "prelu", "softplus",
-    }
-)  # fmt: skip
-CONVOLUTIONS = frozenset(
-    {
-        "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    }
-)  # fmt: skip
-AVERAGE_POOLS = frozenset(
-    {
-        "avg_pool1d", "avg_pool2d", "avg_pool3d",
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean",
-    }
-)  # fmt: skip
-MAX_POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"})
-VIEWS = frozenset(
-    {
-        "getitem", "slice", "select", "narrow", "permute", "transpose", "flatten", "reshape", "view", "squeeze",
-        "unsqueeze", "chunk", "split", "unbind", "expand",
-    }
-)  # fmt: skip
-"""Operators whose result may share memory with their input."""
-LAYOUT = frozenset(
-    {
-        "getitem", "slice", "select", "narrow", "index_select", "pad", "constant_pad_nd", "permute", "transpose",
-        "flatten", "reshape", "view", "squeeze", "unsqueeze", "zero_pad2d",
-    }
-)  # fmt: skip
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -160,44 +47,21 @@ def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return module
 
 
-def _function_name(target: Any) -> str:
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        name: str = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
-        space, _, base = name.partition("::")
-        return base if space == "aten" else name
-    name = getattr(target, "__name__", str(target))
-    module = getattr(target, "__module__", None)
-    if module is None or module.split(".")[0] in TRUSTED:
-        return name
-    return f"{module}.{name}"
-
-
-def _module_name(module: nn.Module | None) -> str:
-    """A torch module's word; a subclass of a weighted one keeps it unless it holds an activation of its own."""
-    for kind in type(module).__mro__:
-        name = MODULE_NAMES.get(kind)
-        if name is None:
-            continue
-        if kind is type(module):
-            return name
-        if name in CONVOLUTIONS or name == "linear":
-            return name
-        if name in NORMS and module is not None:
-            active = any(not isinstance(child, nn.Identity) for child in module.children())
-            return "norm_activation" if active else name
-        break
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def parts_of(module: nn.Module) -> Iterable[nn.Module]:
+    """The module and all modules inside it."""
+    return module.modules() if module._modules else (module,)  # most are leaves, and `modules` takes its time
 
 
 def op_name(gm: fx.GraphModule, node: fx.Node) -> str:
     """The canonical word for what a node computes; in-place variants have their plain operator's name."""
-    if node.op == "call_module":
-        return _module_name(module_of(gm, node))
+    module = module_of(gm, node)
+    if module is not None:
+        return vocabulary.module_name(module)
     if node.op not in ("call_function", "call_method"):
         return node.op
-    name = _function_name(node.target) if node.op == "call_function" else str(node.target)
+    name = vocabulary.function_name(node.target) if node.op == "call_function" else str(node.target)
     name = name.rstrip("_") or name
-    return ALIASES.get(name, name)
+    return vocabulary.ALIASES.get(name, name)
 
 
 def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -209,12 +73,7 @@ def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     elif node.op == "call_method":
         inplace = target.endswith("_") and not target.endswith("__")
     elif node.op == "call_function":
-        if isinstance(target, OpOverload):
-            inplace = target._schema.is_mutable
-        else:
-            name = getattr(target, "__name__", "")
-            inplace = target in INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
-        inplace = inplace or node.kwargs.get("inplace") is True
+        inplace = vocabulary.works_in_place(target) or node.kwargs.get("inplace") is True
     first = node.args[0] if node.args else node.kwargs.get("input")
     return first if inplace and isinstance(first, fx.Node) else None
 
@@ -271,18 +130,23 @@ def is_subtraction(gm: fx.GraphModule, node: fx.Node) -> bool:
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a normalisation, an activation or an identity, so that shape and meaning stay."""
     name = op_name(gm, node)
-    return name in NORMS or name in ACTIVATIONS or name == "norm_activation" or is_identity(gm, node)
+    return (
+        name in vocabulary.NORMS
+        or name in vocabulary.ACTIVATIONS
+        or name == "norm_activation"
+        or is_identity(gm, node)
+    )
 
 
 def is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is linear in its data in evaluation mode (affine counts): the parts of a projection shortcut."""
     name = op_name(gm, node)
     return (
-        name in CONVOLUTIONS
+        name in vocabulary.CONVOLUTIONS
         or name == "linear"
-        or name in NORMS
-        or name in AVERAGE_POOLS
-        or name in LAYOUT
+        or name in vocabulary.NORMS
+        or name in vocabulary.AVERAGE_POOLS
+        or name in vocabulary.LAYOUT
         or is_identity(gm, node)
     )
 
@@ -314,7 +178,7 @@ def output_interval(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float]:
             return interval
         name = op_name(gm, node)
         if (
-            not (is_identity(gm, node) or name in MAX_POOLS or name in AVERAGE_POOLS)
+            not (is_identity(gm, node) or name in vocabulary.MAX_POOLS or name in vocabulary.AVERAGE_POOLS)
             or not node.all_input_nodes
         ):
             break
@@ -326,7 +190,7 @@ def owns_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node computes with parameters of its own: a module that has some, or a function given some."""
     module = module_of(gm, node)
     if module is not None:  # as module.parameters(), without its checks: it is hot
-        return any(p is not None for part in module.modules() for p in part._parameters.values())
+        return any(p is not None for part in parts_of(module) for p in part._parameters.values())
     if node.op in ("call_function", "call_method"):
         return any(source.op == "get_attr" for source in node.all_input_nodes)
     return False

@@ -6,11 +6,12 @@ from torch import fx
 
 from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 from fxprune.graph.dominance import Dominance, flow_nodes
 
 __all__ = ["find_tap"]
 
-_POOLS = ops.AVERAGE_POOLS | ops.MAX_POOLS
+_POOLS = vocabulary.AVERAGE_POOLS | vocabulary.MAX_POOLS
 
 
 def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:

@@ -1,0 +1,182 @@
+"""The words for what nodes compute: one canonical name for modules, functions, methods and ATen operators alike.
+
+Tables, and the functions that look a target up in them. Names of functions that are not torch's own are kept whole,
+so that a user's function called `dropout` is never taken for torch's.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
+
+__all__ = [
+    "ACTIVATIONS",
+    "ALIASES",
+    "AVERAGE_POOLS",
+    "CONVOLUTIONS",
+    "LAYOUT",
+    "MAX_POOLS",
+    "NORMS",
+    "VIEWS",
+    "function_name",
+    "module_name",
+    "works_in_place",
+]
+
+TRUSTED = ("torch", "_operator", "operator", "builtins", "torchvision")
+"""Root packages whose function names are canonical."""
+
+MODULE_NAMES: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardtanh: "hardtanh",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.ELU: "elu",
+    nn.CELU: "celu",
+    nn.SELU: "selu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.PReLU: "prelu",
+    nn.Softplus: "softplus",
+    nn.Dropout: "dropout",
+    nn.Dropout1d: "dropout",
+    nn.Dropout2d: "dropout",
+    nn.Dropout3d: "dropout",
+    nn.AlphaDropout: "dropout",
+    nn.FeatureAlphaDropout: "dropout",
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.BatchNorm3d: "batch_norm",
+    nn.SyncBatchNorm: "batch_norm",
+    nn.InstanceNorm2d: "instance_norm",
+    nn.LayerNorm: "layer_norm",
+    nn.GroupNorm: "group_norm",
+    nn.LocalResponseNorm: "local_response_norm",
+    nn.MaxPool2d: "max_pool2d",
+    nn.AvgPool2d: "avg_pool2d",
+    nn.AdaptiveAvgPool1d: "adaptive_avg_pool1d",
+    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
+    nn.AdaptiveAvgPool3d: "adaptive_avg_pool3d",
+    nn.MaxPool3d: "max_pool3d",
+    nn.AvgPool3d: "avg_pool3d",
+    nn.Flatten: "flatten",
+    nn.ZeroPad2d: "pad",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Linear: "linear",
+    nn.MultiheadAttention: "multi_head_attention",
+}
+
+ALIASES: dict[str, str] = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "clone": "copy",
+    "contiguous": "identity",
+    "detach": "identity",
+    "alias": "identity",
+    "lift_fresh_copy": "copy",
+    "concat": "cat",
+    "concatenate": "cat",
+    "multiply": "mul",
+    "feature_dropout": "dropout",
+    "dropout2d": "dropout",
+    "dropout3d": "dropout",
+    "alpha_dropout": "dropout",
+    "feature_alpha_dropout": "dropout",
+    "native_dropout": "dropout",
+    "native_batch_norm": "batch_norm",
+    "hardtanh": "hardtanh",
+}
+
+INPLACE_FUNCTIONS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ior}
+)
+NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "local_response_norm"})
+ACTIVATIONS = frozenset(
+    {
+        "relu", "relu6", "hardtanh", "clamp", "clip", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+        "sigmoid", "tanh", "elu", "celu", "selu", "leaky_relu", "prelu", "softplus",
+    }
+)  # fmt: skip
+CONVOLUTIONS = frozenset(
+    {
+        "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    }
+)  # fmt: skip
+AVERAGE_POOLS = frozenset(
+    {
+        "avg_pool1d", "avg_pool2d", "avg_pool3d",
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean",
+    }
+)  # fmt: skip
+MAX_POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"})
+VIEWS = frozenset(
+    {
+        "getitem", "slice", "select", "narrow", "permute", "transpose", "flatten", "reshape", "view", "squeeze",
+        "unsqueeze", "chunk", "split", "unbind", "expand",
+    }
+)  # fmt: skip
+"""Operators whose result may share memory with their input."""
+LAYOUT = frozenset(
+    {
+        "getitem", "slice", "select", "narrow", "index_select", "pad", "constant_pad_nd", "permute", "transpose",
+        "flatten", "reshape", "view", "squeeze", "unsqueeze", "zero_pad2d",
+    }
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4096)  # few functions, many nodes
+def function_name(target: Any) -> str:
+    """A function's word before aliases and in-place underscores are resolved."""
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        name: str = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
+        space, _, base = name.partition("::")
+        return base if space == "aten" else name
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", None)
+    if module is None or module.split(".")[0] in TRUSTED:
+        return name
+    return f"{module}.{name}"
+
+
+def module_name(module: nn.Module) -> str:
+    """A torch module's word; a subclass of a weighted one keeps it unless it holds an activation of its own."""
+    for kind in type(module).__mro__:
+        name = MODULE_NAMES.get(kind)
+        if name is None:
+            continue
+        if kind is type(module):
+            return name
+        if name in CONVOLUTIONS or name == "linear":
+            return name
+        if name in NORMS:
+            active = any(not isinstance(child, nn.Identity) for child in module.children())
+            return "norm_activation" if active else name
+        break
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+@lru_cache(maxsize=4096)
+def works_in_place(target: Any) -> bool:
+    """Whether a function changes its first argument, whatever it is given."""
+    if isinstance(target, OpOverload):
+        return bool(target._schema.is_mutable)
+    name = getattr(target, "__name__", "")
+    return target in INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
