@@ -4,7 +4,7 @@ Nothing here rewrites a graph. The traced graph is only run, to learn the values
 network's own calls are then compared with those values, and a hook is chosen whose effect follows from the
 comparison:
 
-1. *splice*: some module call reads or returns the bypass's value, and another returns the exit's value.
+1. *splice*: some module call reads or returns the bypass's value, and another computes the exit's value.
    The second call's result is replaced by what the first one saw.
 2. *zero*: some module call returns f with exit = bypass + f, or ReLU of it. Its result is replaced by zeros.
 3. *zero, scaled*: the last module of the branch is followed by functional operators that keep zero. Its node
@@ -139,17 +139,22 @@ class _Search:
     def __init__(self, bypass: Tensor, exit_: Tensor) -> None:
         self.bypass, self.exit = bypass, exit_
         self.source: tuple[Call, bool] | None = None
+        self.passing: set[Call] = (
+            set()
+        )  # calls that are given the exit's value, which others may read beside them
         self.splice: Bypass | None = None
         self.zero: Bypass | None = None
 
     def before(self, at: Call, value: Tensor | None) -> None:
         if self.source is None and value is not None and _same(value, self.bypass):
             self.source = (at, True)
+        if value is not None and _same(value, self.exit):
+            self.passing.add(at)
 
     def after(self, at: Call, value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
-        if self.source is not None and _same(value, self.exit):
+        if self.source is not None and at not in self.passing and _same(value, self.exit):
             self.splice = Bypass(at, *self.source)
         elif self.source is None and _same(value, self.bypass):
             self.source = (at, False)

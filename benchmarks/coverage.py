@@ -50,7 +50,7 @@ from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.graph.trace import FrontEnd
-from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
+from fxprune.passes import Adaptor, Canonicalize, DropRegions, FoldAdaptors, InsertAdaptors, StoreWeights
 
 __all__ = ["Row", "main", "measure_case"]
 
@@ -217,6 +217,8 @@ def check_onnx(model: nn.Module, inputs: Inputs, row: Row) -> None:
         row.remarks.append("onnx in half precision: one ONNX file holds at most 2 GiB")
     inputs = cast(inputs, dtype)
     graph = fxprune.trace(model.to(dtype), inputs, front_end=row.front_end)
+    Canonicalize()(graph)
+    StoreWeights()(graph)
     chosen: list[Region] = []
     for region in by_preference(fxprune.discover(graph, kinds=KINDS)):
         if len(chosen) < 2 and not any(region.overlaps(other) for other in chosen):
@@ -269,6 +271,8 @@ def measure_case(case: Case, row: Row) -> None:
     model, inputs = model.double().eval(), cast(inputs, torch.float64)
     row.front_end, gm = _traced(model, inputs)
     row.nodes = len(gm.graph.nodes)
+    Canonicalize()(gm)
+    StoreWeights()(gm)
     begin = time.perf_counter()
     discovery = fxprune.discover(gm, kinds=KINDS)
     row.discovery_seconds = time.perf_counter() - begin

@@ -25,7 +25,7 @@ from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
 from fxprune.options import CompressOptions
-from fxprune.passes import Canonicalize
+from fxprune.passes import Canonicalize, StoreWeights
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.criteria import Scorer, make_scorer
@@ -173,6 +173,7 @@ def _capture(model: Any, calibration: CalibrationSet, device: str) -> fx.GraphMo
     except GraphError as error:
         raise _unfit(calibration, error) from error
     Canonicalize()(traced)
+    StoreWeights()(traced)
     traced.to(device).requires_grad_(False)
     placed = example.to(device)
     try:

@@ -10,6 +10,7 @@ from fxprune.passes.fold_adaptors import FoldAdaptors
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_adaptors import Adaptor, InsertAdaptors
 from fxprune.passes.propagate_shapes import PropagateShapes
+from fxprune.passes.store_weights import StoreWeights
 
 __all__ = [
     "Adaptor",
@@ -20,4 +21,5 @@ __all__ = [
     "FxPass",
     "InsertAdaptors",
     "PropagateShapes",
+    "StoreWeights",
 ]

@@ -65,6 +65,25 @@ def test_a_branch_behind_a_functional_factor_is_zeroed() -> None:
     assert torch.equal(run_bypassed(model, bypass, x), model.tail(model.stem(x)))
 
 
+def test_an_identity_that_only_passes_the_exit_on_is_no_place_to_splice() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer, self.mlp = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.keep = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mixer(x)
+            return self.keep(x) + self.mlp(x)  # the second branch reads the exit beside the identity
+
+    model, gm, x = traced(Net(Layer()))
+    first = next(n.name for n in gm.graph.nodes if "add" in n.name)
+    bypass = find_bypass(model, gm, region(gm, "stem", first), x)
+    assert isinstance(bypass, Bypass)
+    stem = model.stem(x)
+    assert torch.equal(run_bypassed(model, bypass, x), model.tail(stem + model.block.mlp(stem)))
+
+
 def test_a_block_inside_one_forward_is_zeroed_where_no_module_returns_the_exit() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:

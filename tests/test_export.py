@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from fxprune.deploy import export, serving
 from fxprune.deploy.artifact import frozen_copy
+from fxprune.deploy.attention import FourDimensionalAttention
 from fxprune.errors import ExportError, OptionError, ParityError
 
 
@@ -125,6 +127,50 @@ def test_image_size_may_stay_free(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, model(x).numpy(), atol=1e-5)
 
 
+class Attention(nn.Module):
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(x, 2 * x, x + 1, attn_mask=self.mask, scale=0.3)
+
+
+@pytest.mark.parametrize("mask", [None, (4, 4), (3, 4, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 8), (5, 3, 4, 8), (5, 2, 3, 4, 8)], ids=str)
+def test_attention_over_any_number_of_dimensions(
+    tmp_path: Path, shape: tuple[int, ...], mask: tuple[int, ...] | None
+) -> None:
+    model = Attention(None if mask is None else torch.randn(mask))
+    if mask is not None and len(mask) == len(shape):
+        model.mask = model.mask[:1]  # a mask for each image would fix the batch
+    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
+    assert record.max_abs_diff <= 1e-5
+    x = torch.randn(shape, dtype=torch.float64)
+    model = Attention(None if model.mask is None else model.mask.double())
+    with FourDimensionalAttention():
+        arranged = model(x)
+    torch.testing.assert_close(arranged, model(x), rtol=0, atol=1e-12)
+
+
+def test_a_graph_that_the_optimizer_breaks_is_written_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert = export._convert
+
+    def broken(*arguments: Any, optimize: bool) -> onnx.ModelProto:
+        proto = convert(*arguments, optimize=optimize)
+        if optimize:
+            proto.graph.node[0].input[0] = "nowhere"
+        return proto
+
+    monkeypatch.setattr(export, "_convert", broken)
+    record = export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert record.max_abs_diff <= record.tolerance
+    assert "nowhere" in caplog.text
+
+
 def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
     record = export.export_onnx(nn.Linear(3, 2).half(), tmp_path / "m.onnx", [torch.randn(2, 3).half()])
     assert record.tolerance >= 5e-3
@@ -133,13 +179,13 @@ def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, export._convert(export.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
+    return model, export._wellformed(export.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
 
 
 @pytest.fixture
 def converted(linear: tuple[nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A network whose conversion, the slow part, is done already."""
-    monkeypatch.setattr(export, "_convert", lambda *args: linear[1])
+    monkeypatch.setattr(export, "_wellformed", lambda *args: linear[1])
     return linear[0]
 
 
@@ -184,10 +230,10 @@ def test_a_wider_tolerance_accepts(
 def test_an_interruption_leaves_no_file(
     tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
-    def interrupt(path: Path) -> None:
+    def interrupt(*arguments: object) -> None:
         raise stop
 
-    monkeypatch.setattr(export, "_check", interrupt)
+    monkeypatch.setattr(export, "_compare", interrupt)
     with pytest.raises((KeyboardInterrupt, ExportError), match=r"by the user|disk is full"):
         export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert list(tmp_path.iterdir()) == []

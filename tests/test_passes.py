@@ -22,6 +22,7 @@ from fxprune.errors import (
 )
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.graph.trace import FrontEnd
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
@@ -31,6 +32,7 @@ from fxprune.passes import (
     FxPass,
     InsertAdaptors,
     PropagateShapes,
+    StoreWeights,
 )
 from tests.strategies import BlockSpec, NetSpec, image_batch, skipped
 
@@ -479,3 +481,74 @@ def test_shapes_follow_the_given_inputs() -> None:
         PropagateShapes(torch.zeros(2, 4, 8, 8, dtype=torch.float64))(gm)
     with pytest.raises(GraphError, match="'x' of the network was not given"):
         PropagateShapes()(gm)
+
+
+# --- StoreWeights ---
+
+
+class Standardised(nn.Module):
+    """A convolution that standardises and scales its weight on every call, as NF-ResNets have them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3))
+        self.gain = nn.Parameter(torch.rand(channels, 1, 1, 1) + 0.5)
+        self.bias = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) * self.gain, self.bias, padding=1)
+
+
+class Residual(nn.Module):
+    """Stem, one block and a second convolution, all of them standardised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.tail = Standardised(3), Standardised(3), Standardised(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.block(x)
+        return self.tail(x)
+
+
+@pytest.mark.parametrize("front_end", ["fx", "export"])
+def test_computed_weights_are_stored_and_take_adaptors(front_end: FrontEnd) -> None:
+    model = Residual().double().eval()
+    gm = fxprune.trace(model, image_batch(), front_end=front_end)
+    (region,) = fxprune.discover(gm).regions
+    assert not find_sites(gm, [region]).sites
+    with torch.no_grad():
+        before = gm(image_batch())
+        assert StoreWeights()(gm).modified
+        assert torch.equal(gm(image_batch()), before)
+    stored = {name.rpartition(".")[2] for name, _ in gm.named_parameters()}
+    assert stored == {"stored_weight", "bias"}
+    assert len(list(gm.parameters())) == 6
+    (region,) = fxprune.discover(gm).regions
+    assert len(find_sites(gm, [region]).sites) == 2
+    assert not StoreWeights()(gm).modified
+
+
+def test_what_a_weight_was_computed_from_stays_where_something_else_reads_it() -> None:
+    class Net(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.stem.gain.sum()
+
+    gm = fxprune.trace(Net().double().eval(), image_batch())
+    StoreWeights()(gm)
+    assert {name for name, _ in gm.named_parameters() if name.startswith("stem")} == {
+        "stem.stored_weight",
+        "stem.bias",
+        "stem.gain",
+    }
+
+
+def test_a_weight_that_depends_on_the_input_is_left_alone() -> None:
+    class Dynamic(Standardised):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * x.mean(), self.bias)
+
+    gm = fxprune.trace(Dynamic(3).double().eval(), image_batch())
+    assert not StoreWeights()(gm).modified

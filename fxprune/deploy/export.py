@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.deploy import serving
 from fxprune.deploy.artifact import frozen_copy, replacing
+from fxprune.deploy.attention import FourDimensionalAttention
 from fxprune.errors import ArtifactError, ExportError, MeasurementError, OptionError, ParityError
 
 __all__ = ["ExportRecord", "export_onnx"]
@@ -104,12 +105,12 @@ def export_onnx(
     examples = _validated(example_inputs, tolerance)
     network = frozen_copy(model, "cpu")
     _require_single_file(network)
-    proto = _convert(network, _resized(examples, _EXPORT_BATCH, seed=0), opset, dynamic_image_size)
+    rows = _resized(examples, _EXPORT_BATCH, seed=0)
+    proto = _wellformed(network, rows, opset, dynamic_image_size)
     _require_free_batch(proto, network)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(proto.SerializeToString())
-            _check(temporary)
             diff, accepted = (
                 _compare(network, temporary, examples, tolerance) if verify else (0.0, tolerance or 0.0)
             )
@@ -174,13 +175,29 @@ def _require_single_file(network: nn.Module) -> None:
         )
 
 
-def _convert(
+def _wellformed(
     network: nn.Module, rows: Inputs, opset: int | None, dynamic_image_size: bool
+) -> onnx.ModelProto:
+    """Convert the network; once more without torch's optimizer of ONNX graphs, where that leaves a malformed one."""
+    for optimize in (True, False):
+        proto = _convert(network, rows, opset, dynamic_image_size, optimize=optimize)
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            refusal = error
+            _logger.warning("onnx.checker refuses the graph (optimize=%s): %s", optimize, error)
+        else:
+            return proto
+    raise ExportError(f"torch's exporter wrote ONNX that onnx.checker refuses: {refusal}") from refusal
+
+
+def _convert(
+    network: nn.Module, rows: Inputs, opset: int | None, dynamic_image_size: bool, *, optimize: bool
 ) -> onnx.ModelProto:
     """Capture the network with torch's exporter; anything that it cannot do becomes an `ExportError`."""
     args, kwargs = ((), rows) if isinstance(rows, dict) else (tuple(rows), None)
     try:
-        with _quiet():
+        with _quiet(), FourDimensionalAttention():
             program = torch.onnx.export(
                 network,
                 args=args,
@@ -189,6 +206,7 @@ def _convert(
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
+                optimize=optimize,
             )
     except Exception as error:
         raise ExportError(f"{_refusal(network)}: {_innermost(error)}. {_ADVICE}") from error
@@ -223,13 +241,6 @@ def _require_free_batch(proto: onnx.ModelProto, network: nn.Module) -> None:
             raise ExportError(
                 f"{_refusal(network)}: its graph fixes the batch of {entry.name!r} to {size}. {_ADVICE}"
             )
-
-
-def _check(path: Path) -> None:
-    try:
-        onnx.checker.check_model(os.fspath(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"torch's exporter wrote ONNX that onnx.checker refuses: {error}") from error
 
 
 def _compare(

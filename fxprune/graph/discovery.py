@@ -24,7 +24,6 @@ from torch import fx
 
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
-from fxprune.graph import vocabulary
 from fxprune.graph.border import Border
 from fxprune.graph.collector import collector_paused
 from fxprune.graph.dominance import Dominance, flow_nodes
@@ -272,7 +271,7 @@ class _Search:
             if user.name not in self.flow or len(flows) != 1 or not ops.is_elementwise(self.gm, user):
                 break
             last = user
-        if len(source.users) != 1 or _unlike(source, last) is not None or not _has_map(self.gm, operator):
+        if len(source.users) != 1 or _unlike(source, last) is not None or not ops.is_dense(self.gm, operator):
             return None
         found = self._bounded(source, last, source, Kind.SEQUENTIAL, lambda *a: _NOTHING)
         return found if isinstance(found, Region) else None
@@ -316,11 +315,6 @@ _NOTHING = Rejection("", "", Reason.NO_OPERATOR, (), "", "")
 
 def _adds_itself(node: fx.Node) -> bool:
     return len(node.args) > 1 and node.args[0] is node.args[1]
-
-
-def _has_map(gm: fx.GraphModule, node: fx.Node) -> bool:
-    name = ops.op_name(gm, node)
-    return name in vocabulary.CONVOLUTIONS or name == "linear"
 
 
 def _scale(join: fx.Node, operand: fx.Node) -> float:

@@ -20,6 +20,7 @@ __all__ = [
     "data_inputs",
     "fixed_interval",
     "is_addition",
+    "is_dense",
     "is_elementwise",
     "is_identity",
     "is_linear",
@@ -138,12 +139,17 @@ def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
+def is_dense(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a convolution or a linear layer: a map over channels with a weight of its own."""
+    name = op_name(gm, node)
+    return name in vocabulary.CONVOLUTIONS or name == "linear"
+
+
 def is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is linear in its data in evaluation mode (affine counts): the parts of a projection shortcut."""
     name = op_name(gm, node)
     return (
-        name in vocabulary.CONVOLUTIONS
-        or name == "linear"
+        is_dense(gm, node)
         or name in vocabulary.NORMS
         or name in vocabulary.AVERAGE_POOLS
         or name in vocabulary.LAYOUT
