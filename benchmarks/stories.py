@@ -61,8 +61,9 @@ def _detector(name: str) -> nn.Module:
     return model
 
 
-def _pictures(size: int, batches: int = 4) -> list[Any]:
-    return [(list(torch.rand(4, 3, size, size)), [{}] * 4) for _ in range(batches)]
+def _pictures(size: int, images: int) -> list[Any]:
+    """Batches of two pictures and their (empty) targets, as detectors' loaders give them."""
+    return [(list(pair), [{}] * 2) for pair in torch.rand(images // 2, 2, 3, size, size)]
 
 
 def _hugging_face() -> nn.Module:
@@ -78,10 +79,12 @@ def _of_first(model: nn.Module, batch: Any) -> Any:
     return model(batch[0])
 
 
-def _on_detector(name: str, part: str, size: int, kinds: tuple[str, ...] = ("identity",)) -> Story:
+def _on_detector(
+    name: str, part: str, size: int, images: int, kinds: tuple[str, ...] = ("identity",)
+) -> Story:
     return Story(
         partial(_detector, name),
-        partial(_pictures, size),
+        partial(_pictures, size, images),
         part,
         {"kinds": kinds, "latency_batch": 1},
         _of_first,
@@ -89,9 +92,9 @@ def _on_detector(name: str, part: str, size: int, kinds: tuple[str, ...] = ("ide
 
 
 STORIES: Mapping[str, Story] = {
-    "fasterrcnn_resnet50_fpn": _on_detector("fasterrcnn_resnet50_fpn", "backbone.body", 256),
-    "retinanet_resnet50_fpn": _on_detector("retinanet_resnet50_fpn", "backbone.body", 256),
-    "ssd300_vgg16": _on_detector("ssd300_vgg16", "backbone", 300, ("identity", "sequential")),
+    "fasterrcnn_resnet50_fpn": _on_detector("fasterrcnn_resnet50_fpn", "backbone.body", 256, 16),
+    "retinanet_resnet50_fpn": _on_detector("retinanet_resnet50_fpn", "backbone.body", 256, 16),
+    "ssd300_vgg16": _on_detector("ssd300_vgg16", "backbone", 300, 4, ("identity", "sequential")),
     "raft_small": Story(
         lambda: models.optical_flow.raft_small(weights=None),
         lambda: list(torch.rand(4, 2, 2, 3, 128, 128)),

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from benchmarks import end_to_end, environment, scale, scoring, selection, stability, subjects
+from benchmarks import end_to_end, environment, scale, scoring, selection, stability, stories, subjects
 from benchmarks.models.cifar_resnet import resnet
 from fxprune import stages
 from fxprune.errors import OptionError
@@ -207,6 +208,37 @@ def test_stability_counts_equal_choices(results: Path, capsys: pytest.CaptureFix
     assert len(summary["regions"]) == REGIONS
     assert sum(region["chosen"] for region in summary["regions"].values()) == 4
     assert "2 of 2 runs chose" in capsys.readouterr().out
+
+
+class Tracker(nn.Module):
+    """A network around one that can be traced, with control flow that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = resnet(14)
+
+    def forward(self, pictures: list[Tensor]) -> list[Tensor]:
+        return [self.features(picture[None]) for picture in pictures if picture.sum() > 0]
+
+
+def test_a_story_compresses_a_part_of_a_network_that_no_tracer_takes(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = stories.Story(
+        Tracker,
+        lambda: [([*torch.rand(2, 3, 16, 16)], {}) for _ in range(2)],
+        "features",
+        {"latency_batch": 1},
+        lambda model, batch: model(batch[0]),
+    )
+    monkeypatch.setattr(stories, "STORIES", {"tracker": story})
+    stories.main(["--only", "tracker", "--k", "1"])
+    row = read(results, "stories")["entries"]["tracker"]
+    assert row["part"] == "features"
+    assert (row["regions"], len(row["chosen"])) == (REGIONS, 1)
+    assert row["parameters"][1] < row["parameters"][0]
+    assert row["onnx_max_abs_diff"] < 1e-4
+    assert "tracker" in capsys.readouterr().out
 
 
 def test_end_to_end_scales_the_papers_recipe(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
