@@ -44,6 +44,7 @@ import fxprune
 from benchmarks.bypass import Inputs, NoBypass, call, find_bypass, run_bypassed
 from benchmarks.environment import RESULTS, write_result
 from benchmarks.zoo import Case, cases
+from fxprune.deploy import serving
 from fxprune.deploy.artifact import write_text_atomic
 from fxprune.errors import TraceError
 from fxprune.graph.extract import share
@@ -233,13 +234,10 @@ def check_onnx(model: nn.Module, inputs: Inputs, row: Row) -> None:
 
 
 def _run_onnx(path: Path, inputs: Inputs) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    names = [i.name for i in session.get_inputs()]
-    feed = {n: t.numpy() for n, t in zip(names, tensors, strict=True)}
-    return _floats([torch.from_numpy(value) for value in session.run(None, feed)])
+    half = any(tensor.dtype == torch.float16 for tensor in tensors)
+    session = serving.open_session(path, device="cpu", half=half)
+    return _floats([torch.from_numpy(value) for value in serving.run(session, tensors)])
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[FrontEnd, fx.GraphModule]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
+from torchvision.models import VisionTransformer
 
 from fxprune.deploy import export, serving
 from fxprune.deploy.artifact import frozen_copy
@@ -174,6 +175,13 @@ def test_a_graph_that_the_optimizer_breaks_is_written_without_it(
 def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
     record = export.export_onnx(nn.Linear(3, 2).half(), tmp_path / "m.onnx", [torch.randn(2, 3).half()])
     assert record.tolerance >= 5e-3
+
+
+def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
+    """With onnxruntime's layout optimisation it did (1.31, CPU)."""
+    model = VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=4).half()
+    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 32, 32).half()])
+    assert record.max_abs_diff <= record.tolerance
 
 
 @pytest.fixture(scope="module")

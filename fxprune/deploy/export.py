@@ -255,7 +255,8 @@ def _compare(
         ParityError: They disagree in number, shape or value of their outputs.
         ExportError: One of the two cannot run.
     """
-    session = _open(path)
+    values = examples.values() if isinstance(examples, dict) else examples
+    session = _open(path, half=any(x.dtype == torch.float16 for x in values))
     worst, scale, half = 0.0, 1.0, False
     for batch in BATCH_SIZES:
         expected, actual = _outputs(network, session, _resized(examples, batch, seed=batch))
@@ -284,9 +285,9 @@ def _compare(
     return worst, accepted
 
 
-def _open(path: Path) -> ort.InferenceSession:
+def _open(path: Path, *, half: bool) -> ort.InferenceSession:
     try:
-        return serving.open_session(path, device="cpu", threads=torch.get_num_threads())
+        return serving.open_session(path, device="cpu", threads=torch.get_num_threads(), half=half)
     except MeasurementError as error:
         raise ExportError(f"the ONNX file cannot be verified, no file was written: {error}") from error
 

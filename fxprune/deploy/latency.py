@@ -227,7 +227,8 @@ def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.devic
 def _session_call(
     path: str | os.PathLike[str], inputs: Sequence[Tensor], place: torch.device
 ) -> Callable[[], None]:
-    session = serving.open_session(path, device=place.type, threads=torch.get_num_threads())
+    half = any(x.dtype == torch.float16 for x in inputs)
+    session = serving.open_session(path, device=place.type, threads=torch.get_num_threads(), half=half)
     return serving.bound_call(session, list(inputs))
 
 

@@ -26,7 +26,7 @@ Array = npt.NDArray[np.generic]
 
 
 def open_session(
-    path: str | os.PathLike[str], *, device: str, threads: int | None = None
+    path: str | os.PathLike[str], *, device: str, threads: int | None = None, half: bool = False
 ) -> ort.InferenceSession:
     """Open an ONNX file on a device, and nowhere else.
 
@@ -34,6 +34,8 @@ def open_session(
         path: A single-file ONNX network.
         device: `cpu` or `cuda`.
         threads: Intra-operator threads; `None` leaves the choice to onnxruntime.
+        half: Whether the network computes in float16. On the CPU its memory layout is then left as it is: optimising
+            that ends the whole process for some vision transformers (seen with onnxruntime 1.31).
 
     Raises:
         DeviceError: The device, its provider or one of its libraries is missing.
@@ -43,7 +45,9 @@ def open_session(
         raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
     printed = _require_cuda() if device == "cuda" else ""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    fragile = half and device == "cpu"
+    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if fragile else levels.ORT_ENABLE_ALL
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
     if threads is not None:
