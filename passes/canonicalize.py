@@ -6,6 +6,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 from fxprune.passes.base import FxPass
 
 __all__ = ["Canonicalize"]
@@ -19,7 +20,7 @@ class Canonicalize(FxPass):
     x ── shape (unused)      =>
     ```
 
-    Placeholders, outputs and in-place operators stay, whoever reads them.
+    Placeholders, outputs, in-place operators and functions that are not torch's own stay, whoever reads them.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -46,5 +47,7 @@ def _is_impure(node: fx.Node) -> bool:
         return True
     if node.op in ("call_module", "call_method"):
         return False
+    if node.op == "call_function" and not vocabulary.is_torchs_own(node.target):
+        return True
     name = str(getattr(node.target, "__name__", ""))
     return bool(node.is_impure()) or name == "setitem" or name.startswith("_assert")

@@ -165,13 +165,13 @@ def test_batch_norm_that_an_export_fixed_is_told(rates: list[float]) -> None:
     assert set(rates) <= {RECIPES["fast"].mimic.unnormalised_rate, 3e-4}
 
 
-def test_width_adam_moves_the_outputs_of_all_widths_alike() -> None:
+def test_width_adam_moves_the_outputs_of_all_widths_alike_and_narrow_ones_less() -> None:
     moved = []
-    for width in (4, 64):
+    for width in (4, 16, 64):
         weight = nn.Parameter(torch.zeros(width, width))
         optimizer = WidthAdam([weight], lr=0.1)
         (weight @ torch.ones(width)).sum().backward()
         optimizer.step()
         moved.append(float((weight.detach() @ torch.ones(width)).abs().max()))
         assert [group["lr"] for group in optimizer.param_groups] == [0.1]
-    assert moved == pytest.approx([0.1, 0.1], rel=1e-3)
+    assert moved == pytest.approx([0.1 * 4 / 16, 0.1, 0.1], rel=1e-3)

@@ -231,6 +231,46 @@ def test_in_place_operators_become_edges(front_end: str) -> None:
     assert "mul" in last.all_input_nodes[0].name
 
 
+@fx.wrap  # a leaf to the tracer, as some of torchvision's functions are
+def shift(x: Tensor, by: Tensor) -> Tensor:
+    x[:, 1:] += by[:, 1:]
+    return x
+
+
+class Shifts(nn.Module):
+    """A residual branch whose end is changed by a function whose result nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.tail = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        inner = self.branch(x)
+        shift(inner, x)
+        return self.tail(x + inner)
+
+
+@torch.no_grad()
+def test_a_leaf_function_that_works_in_place_becomes_an_edge() -> None:
+    net = Shifts().double().eval()
+    gm = fxprune.trace(net, image_batch(), front_end="fx")
+    fxprune.passes.Canonicalize()(gm)
+    assert torch.equal(gm(image_batch()), net(image_batch()))
+    (region,) = fxprune.discover(gm).regions
+    fxprune.passes.DropRegions([region])(gm)
+    assert [node.name for node in gm.graph.nodes] == ["x", "stem", "tail", "output"]
+    assert torch.equal(gm(image_batch()), net.tail(net.stem(image_batch())))
+
+
+@torch.no_grad()
+def test_a_leaf_function_stays_where_nothing_is_known_of_what_it_changes() -> None:
+    net = Shifts().double().eval()
+    gm = fxprune.trace(net, front_end="fx")  # without inputs nothing runs
+    fxprune.passes.Canonicalize()(gm)
+    assert torch.equal(gm(image_batch()), net(image_batch()))
+
+
 def test_weights_on_meta_still_trace() -> None:
     with torch.device("meta"):
         net = SPEC.build(torch.float32)

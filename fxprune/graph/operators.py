@@ -65,8 +65,15 @@ def op_name(gm: fx.GraphModule, node: fx.Node) -> str:
     return vocabulary.ALIASES.get(name, name)
 
 
+MUTATES = "mutates"
+"""Key in `node.meta`: which of `all_input_nodes` the node was seen to change in place and return."""
+
+
 def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The node whose tensor this one changes in place, None when it changes nothing."""
+    """The node whose tensor this one changes in place and returns, None when it changes nothing."""
+    seen: int | None = node.meta.get(MUTATES)
+    if seen is not None:
+        return node.all_input_nodes[seen]
     target: Any = node.target
     inplace = False
     if node.op == "call_module":

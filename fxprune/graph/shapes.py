@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
+from fxprune.graph.operators import MUTATES
 
 __all__ = ["bind", "has_shapes", "propagate_shapes"]
 
@@ -31,12 +32,26 @@ def _metadata(value: Any) -> Any:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and notes what each node yields."""
+    """Runs a graph and notes what each node yields, and which of its inputs it changes and returns.
+
+    A function that tracing took for a leaf may do so whatever it is called; torch counts the changes of every tensor.
+    """
 
     def run_node(self, n: fx.Node) -> Any:
+        given = [self.env[source] for source in n.all_input_nodes]
+        before = [_version(value) for value in given]
         value = super().run_node(n)
         n.meta["tensor_meta"] = _metadata(value)
+        n.meta.pop(MUTATES, None)
+        for index, (one, version) in enumerate(zip(given, before, strict=True)):
+            if one is value and _version(one) != version:
+                n.meta[MUTATES] = index
         return value
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was changed in place; None for other values, and for tensors that do not count."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def _parts(spec: Any) -> Sequence[Any]:
@@ -93,7 +108,7 @@ def has_shapes(gm: fx.GraphModule) -> bool:
 def propagate_shapes(
     gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Sets `node.meta["tensor_meta"]` on every node, by running the graph on fake tensors.
+    """Sets `node.meta["tensor_meta"]` on every node, and notes changes in place, by running the graph on fake tensors.
 
     Operators that cannot run on fake tensors make it run once for real, on copies of the inputs.
 

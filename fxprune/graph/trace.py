@@ -228,9 +228,9 @@ def trace(
 def _finish(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     for module in gm.modules():
         module.training = False  # exported modules refuse .eval(): their graph is in evaluation mode already
-    show_mutation(gm)
     if args or kwargs:
         propagate_shapes(gm, args, kwargs)
+    show_mutation(gm)
     return gm
 
 

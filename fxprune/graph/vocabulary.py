@@ -23,6 +23,7 @@ __all__ = [
     "NORMS",
     "VIEWS",
     "function_name",
+    "is_torchs_own",
     "module_name",
     "works_in_place",
 ]
@@ -154,6 +155,16 @@ def function_name(target: Any) -> str:
     if module is None or module.split(".")[0] in TRUSTED:
         return name
     return f"{module}.{name}"
+
+
+def is_torchs_own(target: Any) -> bool:
+    """Whether a function is torch's or Python's own, so that it changes nothing but what its name says."""
+    module = getattr(target, "__module__", None)
+    return (
+        isinstance(target, (OpOverload, OpOverloadPacket))
+        or module is None
+        or module.split(".")[0] in ("torch", "_operator", "operator", "builtins")
+    )
 
 
 def module_name(module: nn.Module) -> str:

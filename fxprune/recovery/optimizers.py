@@ -50,12 +50,15 @@ class WidthAdam(torch.optim.Adam):
     """Adam whose rate is divided by the number of inputs of each weight (Tensor Programs V, table 3).
 
     A step of Adam moves every entry of a `[C, C]` adaptor by about the rate, and so its output by up to C times that.
+    Weights with fewer than `NARROWEST` inputs count as having so many: few entries average out less.
 
     Args:
         parameters: What to train; inputs are counted along the last dimension.
-        lr: Rate for a weight with one input.
+        lr: Rate times the number of inputs.
         weight_decay: As in `torch.optim.Adam`.
     """
+
+    NARROWEST = 16
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
         super().__init__([{"params": [p]} for p in parameters], lr=lr, weight_decay=weight_decay)
@@ -64,7 +67,7 @@ class WidthAdam(torch.optim.Adam):
         """One step of Adam, each weight at its own rate."""
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] /= max(1, group["params"][0].shape[-1])
+            group["lr"] /= max(self.NARROWEST, group["params"][0].shape[-1])
         result = super().step(closure)
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
