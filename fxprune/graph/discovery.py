@@ -121,11 +121,12 @@ class _Search:
         for name, node in self.flow.items():
             if node.op in ("placeholder", "output"):
                 continue
-            operands = [source for source in node.all_input_nodes if source.name in self.flow]
-            joins = len(operands) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node))
-            begins = chains and len(operands) == 1 and ops.owns_weights(self.gm, node)
+            sources = self.dominance.sources[name]
+            joins = len(sources) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node))
+            begins = chains and len(sources) == 1 and ops.owns_weights(self.gm, node)
             if not (joins or begins) or not self.dominance.is_live(name):
                 continue
+            operands = [self.flow[source] for source in sources]
             candidate = self._join(node, operands) if joins else self._chain(node, operands[0])
             if candidate is not None:
                 yield candidate
@@ -136,9 +137,9 @@ class _Search:
         if not additive and name not in ("cat", "mul"):
             return None
         entry_name = self.dominance.immediate(join.name)
-        label = ops.module_path(join) or join.name
 
         def refuse(reason: Reason, detail: str, nodes: Sequence[str] = ()) -> Rejection:
+            label = ops.module_path(join) or join.name
             return Rejection(entry_name or "", join.name, reason, tuple(nodes) or (join.name,), detail, label)
 
         if entry_name is None:

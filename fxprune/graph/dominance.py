@@ -67,25 +67,28 @@ class Dominance:
 
     Args:
         flow: The nodes, in graph order.
+
+    Attributes:
+        sources: Names of the nodes of the flow that each node reads.
     """
 
     def __init__(self, flow: dict[str, fx.Node]) -> None:
-        self._sources = {
+        self.sources: Mapping[str, list[str]] = {
             name: [source.name for source in node.all_input_nodes if source.name in flow]
             for name, node in flow.items()
         }
         self._position = {name: i for i, name in enumerate(flow)}
-        users = Counter(chain.from_iterable(self._sources.values()))
+        users = Counter(chain.from_iterable(self.sources.values()))
         self._head: dict[str, str] = {}  # the first node of each node's chain
         self._tail: dict[str, str] = {_SOURCE: _SOURCE}  # the last node of the chain that begins with a node
-        for name, sources in self._sources.items():
+        for name, sources in self.sources.items():
             follows = len(sources) == 1 and users[sources[0]] == 1
             head = self._head[name] = self._head[sources[0]] if follows else name
             self._tail[head] = name
         heads = [name for name in flow if self._head[name] == name]
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from((_SOURCE, *heads, _SINK))
-        graph.add_edges_from((self._head[source], name) for name in heads for source in self._sources[name])
+        graph.add_edges_from((self._head[source], name) for name in heads for source in self.sources[name])
         graph.add_edges_from((_SOURCE, name) for name in heads if flow[name].op == "placeholder")
         graph.add_edges_from((self._head[n], _SINK) for n, node in flow.items() if node.op == "output")
         self._immediate: dict[str, str] = nx.immediate_dominators(graph, _SOURCE)
@@ -96,7 +99,7 @@ class Dominance:
     def immediate(self, node: str) -> str | None:
         """The closest strict dominator of a node, None when only the network's inputs together are one."""
         if self._head[node] != node:
-            return self._sources[node][0]
+            return self.sources[node][0]
         parent = self._immediate.get(node)
         return None if parent is None or parent == _SOURCE else self._tail[parent]
 
