@@ -102,8 +102,8 @@ STORIES: Mapping[str, Story] = {
         {"input_fn": tuple, "latency_batch": 2},
         lambda model, frames: model(*frames),
     ),
-    "vit_b_16": Story(
-        lambda: models.vit_b_16(weights=None),
+    "vit_b_32": Story(
+        lambda: models.vit_b_32(weights=None),
         lambda: list(torch.rand(2, 8, 3, 224, 224)),
         None,
         {"latency_batch": 1},
