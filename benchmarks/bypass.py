@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.regions import Region
@@ -139,9 +139,8 @@ class _Search:
     def __init__(self, bypass: Tensor, exit_: Tensor) -> None:
         self.bypass, self.exit = bypass, exit_
         self.source: tuple[Call, bool] | None = None
-        self.passing: set[Call] = (
-            set()
-        )  # calls that are given the exit's value, which others may read beside them
+        # calls that are given the exit's value, which others may read beside them
+        self.passing: set[Call] = set()
         self.splice: Bypass | None = None
         self.zero: Bypass | None = None
 

@@ -173,6 +173,13 @@ def by_preference(discovery: Discovery) -> list[Region]:
     return ordered
 
 
+def prepared(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as `compress` looks for regions in it; changed in place."""
+    Canonicalize()(gm)
+    StoreWeights()(gm)
+    return gm
+
+
 def check_fold(gm: fx.GraphModule, regions: Sequence[Region], inputs: Inputs, row: Row) -> None:
     """Fills `fold` and `sites` from the first region that has sites, and rewrites `gm` on the way."""
     for region in regions[:TRIES]:
@@ -223,9 +230,7 @@ def check_onnx(model: nn.Module, inputs: Inputs, row: Row) -> None:
         dtype = torch.float16
         row.remarks.append("onnx in half precision: one ONNX file holds at most 2 GiB")
     inputs = cast(inputs, dtype)
-    graph = fxprune.trace(model.to(dtype), inputs, front_end=row.front_end)
-    Canonicalize()(graph)
-    StoreWeights()(graph)
+    graph = prepared(fxprune.trace(model.to(dtype), inputs, front_end=row.front_end))
     chosen: list[Region] = []
     for region in by_preference(fxprune.discover(graph, kinds=KINDS)):
         if len(chosen) < 2 and not any(region.overlaps(other) for other in chosen):
@@ -275,8 +280,7 @@ def measure_case(case: Case, row: Row) -> None:
     model, inputs = model.double().eval(), cast(inputs, torch.float64)
     row.front_end, gm = _traced(model, inputs)
     row.nodes = len(gm.graph.nodes)
-    Canonicalize()(gm)
-    StoreWeights()(gm)
+    prepared(gm)
     begin = time.perf_counter()
     discovery = fxprune.discover(gm, kinds=KINDS)
     row.discovery_seconds = time.perf_counter() - begin

@@ -69,9 +69,8 @@ def _pictures(size: int, images: int) -> list[Any]:
 def _vision_transformer() -> nn.Module:
     model = models.vit_b_32(weights=None)
     assert isinstance(model.heads.head, nn.Linear)
-    nn.init.normal_(
-        model.heads.head.weight, std=0.02
-    )  # zeros, as torchvision has them, would hide every difference
+    # zeros, as torchvision has them, would hide every difference
+    nn.init.normal_(model.heads.head.weight, std=0.02)
     return model
 
 

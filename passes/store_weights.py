@@ -35,7 +35,7 @@ class StoreWeights(FxPass):
             for node in graph_module.graph.nodes
             if node.op == "call_function" and ops.is_dense(graph_module, node) and node not in constants
             for source in node.all_input_nodes
-            if source in constants and source.op != "get_attr"
+            if source in constants and source.op != "get_attr" and ops.is_floating(source)
         }
         if not computed:
             return PassResult(graph_module, False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from fxprune.graph.regions import Reason

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 
 from fxprune.graph.dense import Layout
 

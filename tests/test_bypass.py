@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 
 from benchmarks.bypass import Bypass, Call, NoBypass, find_bypass, run_bypassed
 from fxprune.graph.regions import Kind, Region

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import (

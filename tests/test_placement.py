@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 (as torch's own documentation does)
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import GraphError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (torch's own convention)
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["FourDimensionalAttention"]
@@ -16,7 +16,7 @@ class FourDimensionalAttention(TorchFunctionMode):
     """While it is on, attention with batch dimensions `[...]` runs as `[batch, heads, tokens, width]`.
 
     Nested and hierarchical transformers attend over `[batch, heads, windows, tokens, width]`, and some networks over
-    `[batch, tokens, width]`. The result is the same to the last bits. Calls that cannot be arranged so are left as
+    `[batch, tokens, width]`. The result is the same up to rounding. Calls that cannot be arranged so are left as
     they are.
     """
 

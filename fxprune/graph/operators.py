@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from fxprune.graph import vocabulary
 
 __all__ = [
+    "MUTATES",
     "data_inputs",
     "fixed_interval",
     "is_addition",
@@ -36,6 +37,10 @@ __all__ = [
     "shape_of",
     "tensor_meta",
 ]
+
+
+MUTATES = "mutates"
+"""Key in `node.meta`: which of `all_input_nodes` the node was seen to change in place and return."""
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -63,10 +68,6 @@ def op_name(gm: fx.GraphModule, node: fx.Node) -> str:
     name = vocabulary.function_name(node.target) if node.op == "call_function" else str(node.target)
     name = name.rstrip("_") or name
     return vocabulary.ALIASES.get(name, name)
-
-
-MUTATES = "mutates"
-"""Key in `node.meta`: which of `all_input_nodes` the node was seen to change in place and return."""
 
 
 def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

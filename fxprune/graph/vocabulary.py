@@ -28,7 +28,9 @@ __all__ = [
     "works_in_place",
 ]
 
-TRUSTED = ("torch", "_operator", "operator", "builtins", "torchvision")
+OWN = ("torch", "_operator", "operator", "builtins")
+"""Root packages whose functions change nothing but what their names say."""
+TRUSTED = (*OWN, "torchvision")
 """Root packages whose function names are canonical."""
 
 MODULE_NAMES: dict[type[nn.Module], str] = {
@@ -103,7 +105,6 @@ ALIASES: dict[str, str] = {
     "feature_alpha_dropout": "dropout",
     "native_dropout": "dropout",
     "native_batch_norm": "batch_norm",
-    "hardtanh": "hardtanh",
 }
 
 INPLACE_FUNCTIONS = frozenset(
@@ -160,11 +161,7 @@ def function_name(target: Any) -> str:
 def is_torchs_own(target: Any) -> bool:
     """Whether a function is torch's or Python's own, so that it changes nothing but what its name says."""
     module = getattr(target, "__module__", None)
-    return (
-        isinstance(target, (OpOverload, OpOverloadPacket))
-        or module is None
-        or module.split(".")[0] in ("torch", "_operator", "operator", "builtins")
-    )
+    return isinstance(target, (OpOverload, OpOverloadPacket)) or module is None or module.split(".")[0] in OWN
 
 
 def module_name(module: nn.Module) -> str:

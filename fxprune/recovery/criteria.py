@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F  # noqa: N812  (torch's own convention)
+from torch.nn import functional as F
 
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Region

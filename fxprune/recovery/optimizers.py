@@ -50,7 +50,7 @@ class WidthAdam(torch.optim.Adam):
     """Adam whose rate is divided by the number of inputs of each weight (Tensor Programs V, table 3).
 
     A step of Adam moves every entry of a `[C, C]` adaptor by about the rate, and so its output by up to C times that.
-    Weights with fewer than `NARROWEST` inputs count as having so many: few entries average out less.
+    Weights with fewer than `NARROWEST` inputs count as having so many: their fits overshot.
 
     Args:
         parameters: What to train; inputs are counted along the last dimension.
