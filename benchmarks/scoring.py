@@ -1,12 +1,13 @@
 """The default scorer against the paper's: times, rank correlation, chosen sets, memory, and an ablation.
 
     python -m benchmarks.scoring --model resnet20 [--reference-iterations 1000] [--timed-iterations 100]
-                                 [--regions LABELS] [--reference-from FILE] [--ablation]
+                                 [--regions LABELS] [--reference-from FILES] [--ablation]
 
-The reference is `EndToEndScorer` with the settings of `recipe="practise"`. Its losses come from a full run, kept
-region by region so that an interrupted run goes on, or from an earlier result, which may come from a faster machine.
-Its time is scaled: a region costs `t(0) + N (t(n) - t(0)) / n`, where `t(n)` is the time of a fit of n iterations,
-so that building the candidate and taking its two losses, which `t(0)` is, are counted once.
+The reference is `EndToEndScorer` with the settings of `recipe="practise"`. Its losses come from all its iterations, a
+few regions side by side (see `benchmarks.reference`) and kept as they end, so that an interrupted run goes on, or from
+an earlier result, which may come from a faster machine. Its time is scaled: a region costs
+`t(0) + N (t(n) - t(0)) / n`, where `t(n)` is the time of a fit of n iterations, so that building the candidate and
+taking its two losses, which `t(0)` is, are counted once.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import subjects
+from benchmarks.reference import losses_side_by_side
 from fxprune.deploy.environment import peak_memory
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
@@ -36,6 +39,8 @@ from fxprune.tables import render
 __all__ = ["main", "scaled_seconds", "spearman"]
 
 FAST = RECIPES["fast"].adaptor
+SIDE_BY_SIDE = 5
+"""Regions whose reference losses are fitted together, and lost together where a run is stopped."""
 
 
 class _IdentityStart(CachedScorer):
@@ -180,28 +185,38 @@ def _reference(
     """Losses of the paper's procedure; empty where none were asked for."""
     count = arguments.reference_iterations
     if arguments.reference_from:
-        kept = subjects.kept_result(arguments.reference_from)
-        if {**kept["settings"], "device": ""} != {**notebook.settings, "device": ""}:
-            raise OptionError(
-                f"the reference in {arguments.reference_from} was made with {kept['settings']}, this run with "
-                f"{notebook.settings}; only the device may differ"
-            )
-        prefix = f"reference/{count}/"
-        taken = {k: v for k, v in kept["entries"].items() if k.startswith(prefix)}
-        missing = [r.label for r in regions if prefix + r.label not in taken]
-        if missing:
-            raise OptionError(
-                f"{arguments.reference_from} holds no {count} iterations of {', '.join(missing)}"
-            )
-        notebook.put("reference taken from", {"file": str(arguments.reference_from), **kept["environment"]})
-        for key, entry in taken.items():
-            notebook.put(key, entry)
+        _take_over(arguments.reference_from, count, regions, notebook)
     if not count:
         return {}
-    for region in regions:
-        entry = notebook.once(f"reference/{count}/{region.label}", partial(_timed, job, region, count))
-        print(f"reference {region.label}: loss {entry['loss']:.4g}", flush=True)
+    settings = dataclasses.replace(RECIPES["practise"].adaptor, iterations=count)
+    missing = [r for r in regions if f"reference/{count}/{r.label}" not in notebook.entries]
+    for start in range(0, len(missing), SIDE_BY_SIDE):
+        for label, loss in losses_side_by_side(job, missing[start : start + SIDE_BY_SIDE], settings).items():
+            notebook.put(f"reference/{count}/{label}", {"loss": loss})
+            print(f"reference {label}: loss {loss:.4g}", flush=True)
     return {r.label: notebook.entries[f"reference/{count}/{r.label}"]["loss"] for r in regions}
+
+
+def _take_over(
+    files: Sequence[str], count: int, regions: Sequence[Region], notebook: subjects.Notebook
+) -> None:
+    """Copy reference losses from earlier results, each of which may hold some of the regions."""
+    prefix = f"reference/{count}/"
+    taken: dict[str, Any] = {}
+    for file in files:
+        kept = subjects.kept_result(file)
+        if {**kept["settings"], "device": ""} != {**notebook.settings, "device": ""}:
+            raise OptionError(
+                f"the reference in {file} was made with {kept['settings']}, this run with {notebook.settings}; only "
+                "the device may differ"
+            )
+        taken |= {key: entry for key, entry in kept["entries"].items() if key.startswith(prefix)}
+        notebook.put(f"reference taken from/{Path(file).name}", kept["environment"])
+    absent = [r.label for r in regions if prefix + r.label not in taken]
+    if absent:
+        raise OptionError(f"{', '.join(files)} hold no {count} iterations of {', '.join(absent)}")
+    for key, entry in taken.items():
+        notebook.put(key, entry)
 
 
 def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
@@ -325,7 +340,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--regions", type=subjects.words, default=(), help="labels, such as layer1.0,layer1.1"
     )
     parser.add_argument(
-        "--reference-from", help="an earlier result of this benchmark, for the reference losses"
+        "--reference-from",
+        type=subjects.words,
+        default=(),
+        help="earlier results of this benchmark, for the reference losses",
     )
     parser.add_argument("--ablation", action="store_true", help="a row for each idea switched off")
     parser.add_argument("--repeats", type=int, default=3, help="of each row (default: %(default)s)")

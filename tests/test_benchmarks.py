@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from benchmarks import end_to_end, environment, scale, scoring, selection, stability, stories, subjects
 from benchmarks.models.cifar_resnet import resnet
+from benchmarks.reference import losses_side_by_side
 from fxprune import stages
 from fxprune.errors import OptionError
 from fxprune.graph.discovery import discover
 from fxprune.options import RECIPES
 from fxprune.records import Interval, Latency, LatencyComparison
+from fxprune.recovery.criteria import EndToEndScorer
 
 TINY = ["--model", "resnet20", "--random", "--images", "4"]
 REGIONS = 4  # ResNet-14 has six blocks, two of which change the shape
@@ -159,9 +162,24 @@ def test_scoring_runs_resumes_and_takes_a_reference_over(
     scoring.main([*some, "--reference-from", str(results / "other.json"), "--out", "taken"])
     taken = read(results, "taken")["entries"]
     assert taken["comparison"][0]["reference losses"]["layer1.0"] == 0.125
-    assert taken["reference taken from"]["file"].endswith("other.json")
+    assert taken["reference taken from/other.json"] == first["environment"]
     scoring.main([*some, "--out", "other"])  # takes the marked entry up
     assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
+
+
+def test_fits_side_by_side_are_those_of_the_paper() -> None:
+    recipe = RECIPES["practise"]
+    steep = dataclasses.replace(recipe.adaptor, iterations=6, batch_size=8, learning_rate=2.0)
+    recipe = dataclasses.replace(recipe, adaptor=steep)
+    subject = subjects.subject_of("resnet20", 16, 0, random=True)
+    job = subjects.job_of(subject, recipe=recipe, seed=3)
+    regions = job.found.regions
+    together = losses_side_by_side(job, regions, steep)
+    alone = {region.label: job.scorer.fit([region]) for region in regions}
+    assert isinstance(job.scorer, EndToEndScorer)
+    assert together == pytest.approx({label: fit.loss for label, fit in alone.items()}, rel=1e-4)
+    moved = [abs(fit.loss - fit.loss_before) / fit.loss_before for fit in alone.values()]
+    assert min(moved) > 1e-2  # a hundred times the tolerance
 
 
 def test_scoring_ablation_rows(results: Path) -> None:

@@ -25,7 +25,7 @@ from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.least_squares import start_pre_adaptors
 from fxprune.recovery.mimic import feature_loss, optimise
 
-__all__ = ["CachedScorer"]
+__all__ = ["CachedScorer", "ChangedPart"]
 
 
 class CachedScorer:
@@ -93,18 +93,18 @@ class CachedScorer:
         self._adapt(work, cache, replace(self._settings, iterations=self._settings.iterations // 2))
         return self._mean_loss(work, cache)
 
-    def _work(self, regions: Sequence[Region]) -> tuple[_Work, Activations]:
-        work = _Work(self._gm, Candidate(self._gm, regions, self._tap), self._index)
+    def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
+        work = ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index)
         return work, self._activations((*work.frontier, *work.targets.values(), *self._tap))
 
-    def _mean_loss(self, work: _Work, cache: Activations) -> float:
+    def _mean_loss(self, work: ChangedPart, cache: Activations) -> float:
         return work.loss(cache, self._tap, min(self._loss_images, cache.images))
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Runs the original once for everything that some candidates will need."""
         names: dict[str, None] = dict.fromkeys(self._tap)
         for regions in sets:
-            work = _Work(self._gm, Candidate(self._gm, regions, self._tap), self._index)
+            work = ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index)
             names.update(dict.fromkeys((*work.frontier, *work.targets.values())))
         self._activations(tuple(names))
 
@@ -122,17 +122,17 @@ class CachedScorer:
             self.peak_bytes = max(self.peak_bytes, self._cache.bytes)
         return self._cache
 
-    def _adapt(self, work: _Work, cache: Activations, settings: FitSettings) -> None:
+    def _adapt(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
         self._start(work, cache)
         self._descend(work, cache, settings)
 
-    def _start(self, work: _Work, cache: Activations) -> None:
+    def _start(self, work: ChangedPart, cache: Activations) -> None:
         count = min(self._start_images, cache.images)
         inputs = [cache.first(name, count) for name in work.frontier]
         targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
         start_pre_adaptors(work.part, inputs, targets)
 
-    def _descend(self, work: _Work, cache: Activations, settings: FitSettings) -> None:
+    def _descend(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
         parameters = adaptor_weights(work.part)
         if not parameters or not settings.iterations:
             return
@@ -157,7 +157,7 @@ class CachedScorer:
             parameter.requires_grad_(False)
 
 
-class _Work:
+class ChangedPart:
     """A candidate cut down to what its adaptors change.
 
     Attributes:
