@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 from torch import fx, nn
@@ -25,7 +26,8 @@ class FoldBatchNorm(FxPass):
 
     Left alone: (1) a convolution or a norm that is called more than once, (2) a convolution whose output something
     else reads, (3) a norm without running statistics or in training mode, (4) subclasses, whose forward may differ.
-    onnxruntime does this itself; the pass is for networks that stay in torch.
+    A folded convolution is a new module, so that graph modules that share the old one keep it as it was. onnxruntime
+    does this itself; the pass is for networks that stay in torch.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -42,7 +44,10 @@ class FoldBatchNorm(FxPass):
             fused = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            conv.weight, conv.bias = (nn.Parameter(p.detach(), requires_grad=True) for p in fused)
+            folded = copy.deepcopy(conv)  # other graph modules may share the one there
+            trained = conv.weight.requires_grad
+            folded.weight, folded.bias = (nn.Parameter(p.detach(), requires_grad=trained) for p in fused)
+            graph_module.set_submodule(str(node.all_input_nodes[0].target), folded)
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph_module.graph.erase_node(node)
             modified = True

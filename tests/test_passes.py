@@ -20,6 +20,7 @@ from fxprune.errors import (
     PostconditionError,
     PreconditionError,
 )
+from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.graph.trace import FrontEnd
@@ -389,6 +390,18 @@ def test_batch_norms_fold_into_convolutions() -> None:
     assert norms > 0
     assert not any(isinstance(m, nn.BatchNorm2d) for m in gm.modules())
     assert torch.allclose(gm(image_batch()), before, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_folding_batch_norms_leaves_shared_modules_alone(trained: bool) -> None:
+    gm = network().requires_grad_(trained)
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    other = share(gm)
+    FoldBatchNorm()(other)
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+    convolutions = [m for m in other.modules() if isinstance(m, nn.Conv2d)]
+    assert {p.requires_grad for m in convolutions for p in m.parameters()} == {trained}
+    assert torch.allclose(other(image_batch()), gm(image_batch()), rtol=0, atol=1e-12)
 
 
 class Own(nn.Conv2d):

@@ -19,6 +19,7 @@ from fxprune.graph.dominance import flow_nodes
 from fxprune.graph.extract import between, descendants
 from fxprune.graph.regions import Region, Side
 from fxprune.options import FitSettings
+from fxprune.passes import FoldBatchNorm
 from fxprune.recovery.activations import Activations, example_batch, rows_per_image
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.calibration import CalibrationSet
@@ -163,7 +164,8 @@ class ChangedPart:
     Attributes:
         frontier: Values that the changed part reads and that can be cached: the same in the original, computed from
             its inputs, one entry of dimension 0 for each image. Sizes and constants are computed anew.
-        part: From the frontier to the tap.
+        part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
+            feature maps at every step.
         targets: Name of the node that each PRE operator read in the original, by operator.
     """
 
@@ -175,6 +177,7 @@ class ChangedPart:
         changed = descendants(candidate.graph, [*candidate.adaptor_nodes(), *_below_cut(candidate)])
         self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
+        FoldBatchNorm()(self.part)
         gone = {n for r in candidate.regions for n in r.body if n not in nodes} - {
             r.exit for r in candidate.regions
         }
