@@ -117,9 +117,14 @@ def _together() -> Iterator[bool]:
     from fxprune.recovery import parallel
 
     parallel.ensure_group()
+    logger = logging.getLogger("fxprune")
+    level = logger.level
+    if not parallel.is_main():
+        logger.setLevel(logging.ERROR)  # its warnings would only repeat those of the main process
     try:
         yield parallel.is_main()
     finally:
+        logger.setLevel(level)
         parallel.leave_group()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -319,6 +320,24 @@ def test_only_the_first_process_prints_and_writes(
     assert (captured.out, captured.err) == ("", "")
     assert export.calls == [] and save.calls == []
     assert compress.kwargs["progress"] is False and sweep.kwargs["progress"] is False
+
+
+@pytest.mark.parametrize("main", [False, True])
+def test_only_the_first_process_warns(
+    main: bool, traced, monkeypatch, photos, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compress(*args: object, **kwargs: object) -> object:
+        logging.getLogger("fxprune.recovery").warning("mimicking was undone")
+        logging.getLogger("fxprune.recovery").error("a disk broke")
+        return traced.result
+
+    monkeypatch.setattr("fxprune.recovery.parallel.is_main", lambda: main)
+    monkeypatch.setattr(fxprune, "compress", compress)
+    monkeypatch.setattr(fxprune, "report", lambda gm: Report())
+    assert cli.main(["compress", "m", "--k", "1", "--data", str(photos), "--size", "8"]) == 0
+    assert ("mimicking was undone" in caplog.text) == main
+    assert "a disk broke" in caplog.text
+    assert logging.getLogger("fxprune").level == logging.NOTSET
 
 
 def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) -> None:
