@@ -120,7 +120,10 @@ def _check_reach(job: Job, savings: Sequence[LatencyComparison]) -> None:
 
 
 def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
-    """The plan: k regions, or the first plan on the path that meets the target, measured as a whole."""
+    """The plan: k regions, or the first plan on the path that meets the target, less what it does not need for that.
+
+    Whether a plan meets a target is measured, with all its regions dropped.
+    """
 
     def joint_loss(sets: Sequence[Sequence[Region]]) -> list[float]:
         return [job.scorer.estimate(regions) for regions in sets]
@@ -135,24 +138,46 @@ def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
 def _first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
     options = job.options
     measured: LatencyComparison | None = None
-    reference = next(iter(planner.scores)).latency.before.median_s
-    if options.target_speedup is not None:
-        wanted = 1.0 / options.target_speedup
-    else:
-        assert options.target_latency_ms is not None
-        wanted = options.target_latency_ms / (1e3 * reference)
+    missed: tuple[Region, ...] = ()
     for plan in planner.path():
-        if 1.0 - planner.saving(plan) > wanted + _SLACK:
-            continue
-        measured = _timed(job, plan)
-        if _meets(options, measured):
-            return plan
+        if _promising(options, planner, plan):
+            measured = _timed(job, plan)
+            if _meets(options, measured):
+                return _spared(job, planner, plan, missed)
+        missed = plan
     best = (
         "no region saves time beyond the noise"
         if measured is None
         else f"{1 / measured.ratio:.2f} times as fast"
     )
     raise OptionError(f"{_target(options)} is out of reach: the furthest plan is {best} ({options.backend})")
+
+
+def _promising(options: CompressOptions, planner: Planner, plan: Sequence[Region]) -> bool:
+    """Whether the savings of a plan's regions add up to the target, less some slack, so that timing it is worth it."""
+    if options.target_speedup is not None:
+        wanted = 1.0 / options.target_speedup
+    else:
+        assert options.target_latency_ms is not None
+        wanted = options.target_latency_ms / (1e3 * planner.scores[0].latency.before.median_s)
+    return 1.0 - planner.saving(plan) <= wanted + _SLACK
+
+
+def _spared(
+    job: Job, planner: Planner, plan: tuple[Region, ...], missed: tuple[Region, ...]
+) -> tuple[Region, ...]:
+    """A plan that meets the target, less what it does not need: regions that a later, larger saving made needless.
+
+    The region with the largest recovery loss is spared first. `missed` is known to fall short.
+    """
+    losses = {score.region.label: score.recovery_loss for score in planner.scores}
+    for region in sorted(plan, key=lambda region: losses[region.label], reverse=True):
+        fewer = tuple(other for other in plan if other is not region)
+        if not fewer or fewer == missed or not _promising(job.options, planner, fewer):
+            continue
+        if _meets(job.options, _timed(job, fewer)):
+            plan = fewer
+    return plan
 
 
 def _timed(job: Job, plan: Sequence[Region]) -> LatencyComparison:
