@@ -131,10 +131,11 @@ def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
     change = dataclasses.replace
     rows["no least squares"] = Variant(kind=_IdentityStart)
     rows["no gradient steps"] = Variant(settings=change(FAST, iterations=0))
-    for count in (10, 25, 50):
+    for count in (30, 60):
         rows[f"{count} iterations"] = Variant(settings=change(FAST, iterations=count))
-    for size in (32, 64):
-        rows[f"batch {size}"] = Variant(settings=change(FAST, batch_size=size))
+    for size, count in ((4, 240), (16, 60), (32, 30)):
+        few = change(FAST, batch_size=size, iterations=count)
+        rows[f"batch {size}, {count} iterations"] = Variant(settings=few)
     for count in (16, 64, 256):
         rows[f"{count} images for least squares"] = Variant(extra={"start_images": count})
     for count in (64, 256, arguments.images):

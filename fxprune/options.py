@@ -151,11 +151,11 @@ RECIPES: dict[str, Recipe] = {
         scorer="cached",
         adaptor=FitSettings(
             optimizer="width-adam",
-            iterations=60,
-            learning_rate=0.3,
+            iterations=120,
+            learning_rate=0.2,
             weight_decay=0.0,
             schedule="cosine",
-            batch_size=16,
+            batch_size=8,
             augment=False,
         ),
         mimic=FitSettings(

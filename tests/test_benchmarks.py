@@ -186,7 +186,13 @@ def test_scoring_ablation_rows(results: Path) -> None:
     none = ["--reference-iterations", "0", "--timed-iterations", "0", "--repeats", "1"]
     scoring.main([*TINY, *none, "--regions", "layer1.1", "--ablation"])
     rows = {row["scorer"]: row for row in read(results, "scoring_resnet20_4")["entries"]["comparison"]}
-    assert {"default", "no least squares", "no gradient steps", "10 iterations", "batch 64"} <= set(rows)
+    assert {
+        "default",
+        "no least squares",
+        "no gradient steps",
+        "30 iterations",
+        "batch 4, 240 iterations",
+    } <= set(rows)
     assert rows["no least squares"]["losses"] != rows["default"]["losses"]
     assert rows["no gradient steps"]["losses"] != rows["default"]["losses"]
     assert rows["a cache for each candidate"]["losses"] == rows["default"]["losses"]
