@@ -180,6 +180,7 @@ def run_case(
         "agreement": share(named == case.named),
         "seconds": seconds,
         "durations": dict(report.durations),
+        "peak_memory_bytes": report.peak_memory_bytes,  # of the process, with the test images in it
         "fold_error": report.fold_error,
         "recovery_losses": {s.region.label: s.recovery_loss for s in report.plan.scores},
         "savings": {s.region.label: s.latency.saving for s in report.plan.scores},
