@@ -77,7 +77,10 @@ class Case:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
-    settings = subjects.settings_of(arguments, "k", "threads", "timed_iterations")
+    settings = {
+        **subjects.settings_of(arguments, "k", "threads", "timed_iterations"),
+        **subjects.recipes_of(*RECIPES),
+    }
     name = arguments.out or f"end_to_end_{arguments.model}_k{arguments.k}"
     notebook = subjects.Notebook(name, settings, arguments.seed)
     rows = {}

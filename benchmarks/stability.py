@@ -34,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.model, arguments.images, arguments.seed, random=arguments.random, data_path=arguments.data
     )
     with using_threads(arguments.threads):
-        settings = subjects.settings_of(arguments, "k", "backend", "selection") | {
-            "threads": torch.get_num_threads()
+        settings = {
+            **subjects.settings_of(arguments, "k", "backend", "selection"),
+            **subjects.recipes_of("fast"),
+            "threads": torch.get_num_threads(),
         }
         name = arguments.out or f"stability_{arguments.model}_k{arguments.k}_{arguments.backend}"
         notebook = subjects.Notebook(name, settings, arguments.seed)

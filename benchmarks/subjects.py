@@ -35,6 +35,7 @@ __all__ = [
     "counts",
     "job_of",
     "kept_result",
+    "recipes_of",
     "savings_of",
     "settings_of",
     "subject_of",
@@ -139,6 +140,11 @@ def settings_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {
         name: getattr(arguments, name) for name in ("model", "images", "random", "device", "seed", *names)
     }
+
+
+def recipes_of(*names: str) -> dict[str, Any]:
+    """Return the settings of some recipes, for results that depend on them."""
+    return {"recipes": {name: asdict(recipe_named(name)) for name in names}}
 
 
 def subject_of(
