@@ -93,6 +93,31 @@ def test_lazy_greedy_is_greedy() -> None:
     assert asked < most
 
 
+def test_lazy_greedy_finds_a_region_that_adds_less_to_a_larger_set() -> None:
+    """Losses of ResNet-20, three of whose regions are cut: layer1.1 costs less once layer2.2 is gone too."""
+    scores = [
+        block("1.0", 0.19, 0.137),
+        block("1.1", 0.25, 0.137),
+        block("2.1", 0.26, 0.099),
+        block("2.2", 0.24, 0.099),
+    ]
+    known = {
+        "1.0": 0.20,
+        "1.0 1.1": 0.61,
+        "1.0 2.1": 0.50,
+        "1.0 2.2": 0.43,
+        "1.0 2.1 2.2": 0.742,
+        "1.0 1.1 2.2": 0.717,
+    }
+
+    def joint(sets: Sequence[Sequence[Region]]) -> list[float]:
+        return [known[" ".join(labels(s))] for s in sets]
+
+    planner = Planner(scores, joint, "greedy")
+    assert labels(planner.of_size(2)) == ["1.0", "2.2"]
+    assert labels(planner.of_size(3)) == ["1.0", "1.1", "2.2"]
+
+
 def test_lazy_greedy_leaves_hopeless_regions_unscored() -> None:
     scores = [
         *(block(f"cheap{i}", 0.1, 0.1) for i in range(3)),

@@ -8,7 +8,7 @@ recovery loss with all its regions dropped, over the relative latency that they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -22,6 +22,9 @@ __all__ = ["EXACT_LIMIT", "Planner", "disjoint", "require_enough"]
 
 EXACT_LIMIT = 512
 """Most sets that `exact` will score."""
+
+SHRUNK = 0.7
+"""Share of what a region added to a smaller set that it adds to a larger one, at least; see `Planner`."""
 
 JointLoss = Callable[[Sequence[Sequence[Region]]], Sequence[float]]
 
@@ -110,32 +113,40 @@ class Planner:
     def _greedy(self) -> Iterator[tuple[Region, ...]]:
         """Lazy greedy: only the most promising regions are scored again.
 
-        What a region adds to the loss of a set seldom falls when the set grows, so what it added to an earlier,
-        smaller set bounds its score from below.
+        What a region adds to the loss of a set may fall when the set grows, but seldom below `SHRUNK` times what it
+        added to an earlier, smaller set; that bounds its score from below.
         """
         plan: tuple[Region, ...] = ()
         loss = 0.0
         added = {region.label: self._scores[region.label].recovery_loss for region in self._usable}
         left = list(self._usable)
         while left:
-            fresh: dict[str, float] = {}
-
-            bound = partial(self._bound, plan, loss, added)
-            best = min(left, key=bound)
+            if (
+                len(plan) == 1
+            ):  # joint losses come from shorter fits than those of single regions, so compare alike
+                loss = float(self._joint_loss([plan])[0])
+            fresh: set[str] = set()
+            best = min(left, key=partial(self._bound, plan, loss, added, fresh))
             while plan and best.label not in fresh:
-                fresh[best.label] = float(self._joint_loss([self._sorted((*plan, best))])[0])
-                added[best.label] = fresh[best.label] - loss
-                best = min(left, key=bound)
+                added[best.label] = float(self._joint_loss([self._sorted((*plan, best))])[0]) - loss
+                fresh.add(best.label)
+                best = min(left, key=partial(self._bound, plan, loss, added, fresh))
             loss += added[best.label]
             plan = (*plan, best)
             left = [region for region in left if not region.overlaps(best)]
             yield plan
 
     def _bound(
-        self, plan: tuple[Region, ...], loss: float, added: Mapping[str, float], region: Region
+        self,
+        plan: tuple[Region, ...],
+        loss: float,
+        added: Mapping[str, float],
+        fresh: Collection[str],
+        region: Region,
     ) -> tuple[float, int]:
-        """A lower bound of the joint score with one more region; graph order decides between equals."""
-        return (loss + added[region.label]) / self.saving((*plan, region)), self._order[region.label]
+        """The joint score with one more region, or a lower bound of it; graph order decides between equals."""
+        more = added[region.label] * (SHRUNK if plan and region.label not in fresh else 1.0)
+        return (loss + more) / self.saving((*plan, region)), self._order[region.label]
 
     def _exact(self, k: int) -> tuple[Region, ...]:
         count = math.comb(len(self._usable), k)
