@@ -121,9 +121,8 @@ class Planner:
         added = {region.label: self._scores[region.label].recovery_loss for region in self._usable}
         left = list(self._usable)
         while left:
-            if (
-                len(plan) == 1
-            ):  # joint losses come from shorter fits than those of single regions, so compare alike
+            if len(plan) == 1:
+                # joint losses come from shorter fits than those of single regions: compare like with like
                 loss = float(self._joint_loss([plan])[0])
             fresh: set[str] = set()
             best = min(left, key=partial(self._bound, plan, loss, added, fresh))
