@@ -8,6 +8,7 @@ Images and seed stay the same, so that nothing but the clock can make two runs d
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ import torch
 from benchmarks import subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.deploy.latency import BACKENDS
+from fxprune.deploy.savings import SCORING
 from fxprune.jobs import Clock, using_threads
 from fxprune.stages import choose, score
 from fxprune.tables import render
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {
             **subjects.settings_of(arguments, "k", "backend", "selection"),
             **subjects.recipes_of("fast"),
+            "timing": dataclasses.asdict(SCORING),
             "threads": torch.get_num_threads(),
         }
         name = arguments.out or f"stability_{arguments.model}_k{arguments.k}_{arguments.backend}"

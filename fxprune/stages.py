@@ -195,6 +195,7 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
         fit = fit_all(job.scorer, [plan.regions])[0]
         maps = dict(fit.maps)
         plan = DropPlan(plan.scores, plan.regions, fit.loss)
+    job.scorer.release()  # mimicking is what needs the most memory
     recovered = recover(
         job.original,
         plan.regions,

@@ -58,6 +58,17 @@ def test_the_bare_loss_is_that_of_the_whole_network(kind: str, inplace: bool) ->
     assert gm.code == code
 
 
+def test_released_activations_come_back_as_they_were() -> None:
+    gm = network()
+    fast, regions = scorer(gm, iterations=3), sets(gm)[-1]
+    first = fast.fit(regions)
+    fast.release()
+    assert fast._cache is None
+    again = fast.fit(regions)
+    assert again.loss == first.loss
+    assert all(torch.equal(again.maps[site], first.maps[site]) for site in first.maps)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fitted_loss_is_that_of_the_maps_it_comes_with(kind: str) -> None:
     from fxprune.recovery.mimic import FeatureReader, mean_feature_loss, surviving_tap

@@ -145,11 +145,15 @@ def test_short_calls_are_bundled_into_longer_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "width", "enough"), [(1.0, 0.1, False), (1.0, 0.01, True), (0.5, 0.2, True)]
+    ("ratio", "width", "relative", "enough"),
+    [(1.0, 0.1, 0.25, False), (1.0, 0.01, 0.25, True), (0.5, 0.2, 0.25, True), (0.5, 0.2, 0.1, False)],
 )
-def test_a_clear_difference_needs_no_narrow_interval(ratio: float, width: float, enough: bool) -> None:
+def test_a_clear_difference_needs_no_narrow_interval(
+    ratio: float, width: float, relative: float, enough: bool
+) -> None:
     interval = Interval(ratio - width / 2, ratio + width / 2)
-    assert rounds._narrow(np.full(9, ratio), interval, half_width=0.01) is enough
+    settings = latency.TimingSettings(half_width=0.01, relative=relative)
+    assert rounds._narrow(np.full(9, ratio), interval, settings) is enough
 
 
 def test_the_interval_of_a_constant_is_that_constant() -> None:
@@ -180,6 +184,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         {"max_rounds": 3},
         {"max_seconds": 0.0},
         {"half_width": 0.0},
+        {"relative": 0.0},
         {"level": 1.0},
         {"resamples": 0},
         {"threads": 0},

@@ -59,6 +59,9 @@ class EndToEnd:
     def estimate(self, regions: Sequence[Region]) -> float:
         return self.fit(regions).loss
 
+    def release(self) -> None:
+        self.prepared.clear()
+
 
 def recovered(network: Tiny, settings: FitSettings, *, shared: bool) -> dict[str, Tensor]:
     regions = network.regions[1:2]

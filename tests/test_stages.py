@@ -281,6 +281,26 @@ def test_exact_selection_needs_k() -> None:
         compress(target_speedup=1.2, selection="exact")
 
 
+def test_mimicking_has_the_memory_of_the_scorer_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    held: list[object] = []
+    build, mimic = jobs.make_scorer, stages.recover
+
+    def make_scorer(*args: Any, **settings: Any) -> Any:
+        made.append(build(*args, **settings))
+        return made[-1]
+
+    def recover(*args: Any, **settings: Any) -> Any:
+        held.append(made[0]._cache)
+        return mimic(*args, **settings)
+
+    monkeypatch.setattr(jobs, "make_scorer", make_scorer)
+    monkeypatch.setattr(stages, "recover", recover)
+    compress(1)
+    assert held == [None]
+    assert made[0].peak_bytes > 0
+
+
 def test_the_report_says_when_mimicking_was_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([1.0, 2.0])
     monkeypatch.setattr("fxprune.recovery.recover.mean_feature_loss", lambda *_, **__: next(losses))

@@ -81,6 +81,9 @@ class Pretender:
     def estimate(self, regions: Sequence[Region]) -> float:
         return self.fit(regions).loss / 7
 
+    def release(self) -> None:
+        self.prepared.clear()
+
 
 def same(a: AdaptorFit, b: AdaptorFit) -> bool:
     maps = list(a.maps) == list(b.maps) and all(torch.equal(a.maps[s], b.maps[s]) for s in a.maps)

@@ -25,7 +25,7 @@ __all__ = ["Clock", "Contestant", "TimingSettings", "median_interval", "race", "
 # A sample of several calls lasts at least this long, so that the clock's own cost and grain do not show.
 _SAMPLE_S = 5e-3
 _SHORT_CALL_S = 2e-3
-# Bootstrapping after every round would cost more than small networks themselves.
+# Bootstrapping after every round would cost more than small networks do; a tenth of the rounds done comes on top.
 _ROUNDS_BETWEEN_CHECKS = 5
 
 Times: TypeAlias = npt.NDArray[np.float64]
@@ -42,7 +42,8 @@ class TimingSettings:
         min_rounds: Rounds in any case.
         max_rounds: Rounds at most.
         max_seconds: No further round starts after this time, once there were `min_rounds`.
-        half_width: Half the interval of a ratio that is narrow enough; a quarter of `|1 - ratio|` also is.
+        half_width: Half the interval of a ratio that is narrow enough in any case.
+        relative: Half the interval over `|1 - ratio|`, the saving, that is narrow enough as well.
         level: Coverage of the interval.
         resamples: Bootstrap resamples.
         seed: Of the order within rounds and of the bootstrap.
@@ -57,6 +58,7 @@ class TimingSettings:
     max_rounds: int = 200
     max_seconds: float = 20.0
     half_width: float = 0.01
+    relative: float = 0.25
     level: float = 0.95
     resamples: int = 1000
     seed: int = 0
@@ -69,6 +71,7 @@ class TimingSettings:
             ("max_rounds", self.max_rounds >= self.min_rounds, f"at least min_rounds={self.min_rounds}"),
             ("max_seconds", self.max_seconds > 0, "positive"),
             ("half_width", self.half_width > 0, "positive"),
+            ("relative", self.relative > 0, "positive"),
             ("level", 0 < self.level < 1, "between 0 and 1"),
             ("resamples", self.resamples >= 1, "1 or more"),
             ("seed", self.seed >= 0, "0 or more"),
@@ -143,6 +146,7 @@ def race(
     interval = partial(
         median_interval, level=settings.level, resamples=settings.resamples, seed=settings.seed
     )
+    check = settings.min_rounds
     for done in range(1, settings.max_rounds + 1):
         for index in rng.permutation(len(contestants)):
             contestants[index].samples.append(contestants[index].take(clock))
@@ -152,16 +156,18 @@ def race(
             continue
         if time.perf_counter() - start > settings.max_seconds:
             break
-        if (done - settings.min_rounds) % _ROUNDS_BETWEEN_CHECKS == 0 and all(
-            _narrow(ratios, interval(ratios), settings.half_width) for ratios in ratios_by_round(contestants)
-        ):
+        if done < check:
+            continue
+        if all(_narrow(ratios, interval(ratios), settings) for ratios in ratios_by_round(contestants)):
             break
+        check = done + _ROUNDS_BETWEEN_CHECKS + done // 10
     return [interval(ratios) for ratios in ratios_by_round(contestants)]
 
 
-def _narrow(ratios: Times, interval: Interval, half_width: float) -> bool:
+def _narrow(ratios: Times, interval: Interval, settings: TimingSettings) -> bool:
     """Whether more rounds would change neither the figure nor, when scoring, the order."""
-    return interval.width / 2 < max(half_width, abs(1.0 - float(np.median(ratios))) / 4)
+    saving = abs(1.0 - float(np.median(ratios)))
+    return interval.width / 2 < max(settings.half_width, settings.relative * saving)
 
 
 def ratios_by_round(contestants: Sequence[Contestant]) -> list[Times]:

@@ -13,10 +13,12 @@ from fxprune.graph.signature import signature
 from fxprune.passes import DropRegions
 from fxprune.records import LatencyComparison
 
-__all__ = ["measure_savings", "without"]
+__all__ = ["SCORING", "measure_savings", "without"]
 
-SCORING = TimingSettings(warmup=2, min_rounds=10, max_rounds=120, max_seconds=30.0, half_width=0.01)
-"""Enough to tell a saving from noise; the final plan is measured more closely."""
+SCORING = TimingSettings(
+    warmup=2, min_rounds=20, max_rounds=500, max_seconds=30.0, half_width=0.005, relative=0.06
+)
+"""Close enough that repeated runs choose the same set: regions whose scores differ by a tenth keep their order."""
 
 
 def without(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule:
@@ -34,7 +36,7 @@ def measure_savings(
     *,
     backend: str,
     device: str,
-    settings: TimingSettings = SCORING,
+    settings: TimingSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LatencyComparison, ...]:
     """Times the network without each region against the original, in one interleaved run.
@@ -48,7 +50,7 @@ def measure_savings(
         wrap: Makes a network callable with positional tensors.
         backend: Where to time: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
         device: Device of the `torch` backend.
-        settings: How long to go on.
+        settings: How long to go on; `SCORING` if None.
         progress: Called with rounds done and the most there will be.
 
     Returns:
@@ -63,7 +65,13 @@ def measure_savings(
     subjects = [wrap(without(gm, [region])) for region in representatives.values()]
     place = device if backend == "torch" else None
     measured = compare(
-        wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings, progress=progress
+        wrap(gm),
+        subjects,
+        inputs,
+        backend=backend,
+        device=place,
+        settings=settings or SCORING,
+        progress=progress,
     )
     by_key = dict(zip(representatives, measured, strict=True))
     return tuple(by_key[key] for key in keys)

@@ -94,6 +94,10 @@ class CachedScorer:
         self._adapt(work, cache, replace(self._settings, iterations=self._settings.iterations // 3))
         return self._mean_loss(work, cache)
 
+    def release(self) -> None:
+        """Frees the cached activations."""
+        self._cache = None
+
     def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
         work = ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index)
         return work, self._activations((*work.frontier, *work.targets.values(), *self._tap))

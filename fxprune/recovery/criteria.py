@@ -33,6 +33,9 @@ class Scorer(Protocol):
     def estimate(self, regions: Sequence[Region]) -> float:
         """The loss of one set, as exactly as comparing many sets needs."""
 
+    def release(self) -> None:
+        """Gives memory back; what a later call needs of it is computed anew."""
+
 
 class EndToEndScorer:
     """PRACTISE's own procedure: every candidate is trained through the whole network.
@@ -81,6 +84,9 @@ class EndToEndScorer:
         """As `fit`: the paper has no shortcut."""
         return self.fit(regions).loss
 
+    def release(self) -> None:
+        """Nothing is held."""
+
 
 class _BareScorer:
     """Criteria that look at the bare cut: `l2` at the tap (as in eps-ResNet), `kl` of the outputs (CURL)."""
@@ -117,6 +123,9 @@ class _BareScorer:
     def estimate(self, regions: Sequence[Region]) -> float:
         """As `fit`."""
         return self.fit(regions).loss
+
+    def release(self) -> None:
+        """Nothing is held."""
 
     def _divergence(self, student: fx.GraphModule) -> float:
         total = 0.0

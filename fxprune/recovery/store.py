@@ -267,6 +267,10 @@ class StoredScorer:
         self.computed += 1
         return loss
 
+    def release(self) -> None:
+        """Lets the scorer free its memory; the store stays."""
+        self._scorer.release()
+
     def _announce(self) -> None:
         while self._announced:
             self._scorer.prepare(self._announced.pop(0))
