@@ -156,7 +156,7 @@ def run(case: Case) -> dict[str, Any]:
         subject.model.to(case.device),
         subject.images,
         k=case.k,
-        recipe=_recipe(case),
+        recipe=subjects.shortened(case.recipe, case.iterations),
         images=case.images,
         device=case.device,
         threads=case.threads,
@@ -177,17 +177,6 @@ def run(case: Case) -> dict[str, Any]:
         "trained": subject.trained,
         "threads": report.settings["threads"],
     }
-
-
-def _recipe(case: Case) -> Recipe:
-    recipe = RECIPES[case.recipe]
-    if case.iterations is None:
-        return recipe
-    fits = {
-        stage: dataclasses.replace(getattr(recipe, stage), iterations=case.iterations)
-        for stage in ITERATING.values()
-    }
-    return dataclasses.replace(recipe, **fits)
 
 
 def scaled(

@@ -45,16 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         name = arguments.out or f"selection_{arguments.model}"
         notebook = subjects.Notebook(name, settings, arguments.seed)
-        test = None if arguments.random else _test_images(arguments)
+        test = None if arguments.random else subjects.test_images(arguments.model, arguments.data)
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             _run_seed(seed, recipe, test, notebook, arguments)
         _print(notebook.put("summary", _summary(notebook, arguments)))
-
-
-def _test_images(arguments: argparse.Namespace) -> data.LabelledImages:
-    if subjects.MODELS[arguments.model].photographs:
-        return data.photographs("held_out", arguments.data)
-    return data.cifar10_test(arguments.data)
 
 
 def _run_seed(

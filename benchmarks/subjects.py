@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +38,9 @@ __all__ = [
     "recipes_of",
     "savings_of",
     "settings_of",
+    "shortened",
     "subject_of",
+    "test_images",
     "words",
 ]
 
@@ -179,6 +181,26 @@ def subject_of(
     if size is not None and size != known.size:
         batch = nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
     return Subject(name, model, batch, trained)
+
+
+def test_images(name: str, data_path: str | None = None) -> data.LabelledImages:
+    """Labelled images for one of `MODELS`, none of them among those that it is compressed with.
+
+    Raises:
+        SourceError: The data are not there.
+    """
+    if MODELS[name].photographs:
+        return data.photographs("held_out", data_path)
+    return data.cifar10_test(data_path)
+
+
+def shortened(name: str, iterations: int | None) -> Recipe:
+    """Return a recipe with so many iterations of adaptors and mimicking both, its own if None."""
+    recipe = recipe_named(name)
+    if iterations is None:
+        return recipe
+    adaptor, mimic = (replace(fit, iterations=iterations) for fit in (recipe.adaptor, recipe.mimic))
+    return replace(recipe, adaptor=adaptor, mimic=mimic)
 
 
 def _photographs(images: int, seed: int, data_path: str | None) -> Tensor:

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import end_to_end, environment, scale, scoring, selection, stability, stories, subjects
+from benchmarks import (
+    end_to_end,
+    environment,
+    recovery,
+    scale,
+    scoring,
+    selection,
+    stability,
+    stories,
+    subjects,
+)
 from benchmarks.models.cifar_resnet import resnet
 from benchmarks.reference import losses_side_by_side
 from fxprune import stages
@@ -61,7 +71,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("script", [scoring, selection, stability, end_to_end, scale])
+@pytest.mark.parametrize("script", [scoring, selection, stability, recovery, end_to_end, scale])
 def test_help_and_unknown_options(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         script.main(["--help"])
@@ -223,6 +233,25 @@ def test_selection_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> No
     exact, greedy = (entries[f"0/2/{name}"] for name in ("exact", "greedy"))
     assert exact["estimate"] / exact["saving"] <= greedy["estimate"] / greedy["saving"] + 1e-9
     assert "greedy" in capsys.readouterr().out
+
+
+def test_recipes_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recovery.main([*TINY, "--regions", "layer1.0,layer3.1", "--seeds", "2", "--iterations", "1"])
+    entries = read(results, "recovery_resnet20_4")["entries"]
+    fast, paper = (
+        entries["summary"] if entries["summary"][0]["recipe"] == "fast" else entries["summary"][::-1]
+    )
+    assert paper["shares"] == [1.0, 1.0]
+    assert fast["shares"] == [
+        entries[f"{seed}/fast"]["seconds"] / entries[f"{seed}/practise"]["seconds"] for seed in (0, 1)
+    ]
+    assert entries["0/fast"]["loss_before"] < entries["0/practise"]["loss_before"]  # adaptors were folded in
+    assert "of practise" in capsys.readouterr().out
+
+
+def test_recovery_names_regions_that_are_not_there(results: Path) -> None:
+    with pytest.raises(OptionError, match="no region nowhere"):
+        recovery.main([*TINY, "--regions", "nowhere", "--iterations", "1"])
 
 
 def test_stability_counts_equal_choices(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
