@@ -16,7 +16,7 @@ from fxprune.records import LatencyComparison
 __all__ = ["SCORING", "measure_savings", "without"]
 
 SCORING = TimingSettings(
-    warmup=2, min_rounds=10, max_rounds=500, max_seconds=120.0, half_width=0.005, relative=0.06
+    warmup=2, min_rounds=10, max_rounds=500, max_seconds=120.0, half_width=0.006, relative=0.06
 )
 """Close enough that repeated runs choose the same set: regions whose scores differ by a tenth keep their order."""
 
