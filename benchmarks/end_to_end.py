@@ -32,7 +32,7 @@ STAGES = ("trace", "latency", "scoring", "selection", "recovery", "measurement")
 ITERATING = {"scoring": "adaptor", "recovery": "mimic"}
 GROWTH = ("images", "blocks", "resolution")
 IMAGE_COUNTS = (100, 250, 500)
-BLOCK_MODELS = ("resnet20", "resnet32", "resnet56")
+BLOCK_MODELS = ("resnet20", "resnet56")
 SIZES = (96, 160, 224)
 
 
@@ -109,11 +109,9 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
     if "images" in arguments.growth:
         for images in arguments.image_counts:
             yield dataclasses.replace(base, images=images)
-    if (
-        "blocks" in arguments.growth
-    ):  # random weights: ResNet-32 has no trained ones, and times are all that counts
+    if "blocks" in arguments.growth:
         for model in arguments.block_models:
-            yield dataclasses.replace(base, model=model, random=True)
+            yield dataclasses.replace(base, model=model)
     if "resolution" in arguments.growth:
         for size in arguments.sizes:
             yield dataclasses.replace(base, model=arguments.resolution_model, k=2, size=size)

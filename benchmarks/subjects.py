@@ -66,13 +66,12 @@ class Model:
 
 MODELS: Mapping[str, Model] = {
     "resnet20": Model(partial(resnet, 20), 32, "resnet20_cifar10"),
-    "resnet32": Model(partial(resnet, 32), 32, None),
     "resnet56": Model(partial(resnet, 56), 32, "resnet56_cifar10"),
     "mobilenet_v2": Model(MobileNetV2, 224, "mobilenet_v2_imagenet", photographs=True),
     "resnet34": Model(torchvision.models.resnet34, 224, None, photographs=True),
     "resnet50": Model(torchvision.models.resnet50, 224, None, photographs=True),
 }
-"""ResNet-32, -34 and -50 have no trained weights here: they serve for times only."""
+"""ResNet-34 and -50 have no trained weights here: they serve for times only."""
 
 
 @dataclass(frozen=True)
