@@ -36,7 +36,7 @@ def measure_savings(
     *,
     backend: str,
     device: str,
-    settings: TimingSettings | None = None,
+    settings: TimingSettings = SCORING,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LatencyComparison, ...]:
     """Times the network without each region against the original, in one interleaved run.
@@ -50,7 +50,7 @@ def measure_savings(
         wrap: Makes a network callable with positional tensors.
         backend: Where to time: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
         device: Device of the `torch` backend.
-        settings: How long to go on; `SCORING` if None.
+        settings: How long to go on.
         progress: Called with rounds done and the most there will be.
 
     Returns:
@@ -65,13 +65,7 @@ def measure_savings(
     subjects = [wrap(without(gm, [region])) for region in representatives.values()]
     place = device if backend == "torch" else None
     measured = compare(
-        wrap(gm),
-        subjects,
-        inputs,
-        backend=backend,
-        device=place,
-        settings=settings or SCORING,
-        progress=progress,
+        wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings, progress=progress
     )
     by_key = dict(zip(representatives, measured, strict=True))
     return tuple(by_key[key] for key in keys)
