@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +21,6 @@ from benchmarks.runs import mean_and_spread
 from fxprune.errors import OptionError
 from fxprune.jobs import using_threads
 from fxprune.options import RECIPES
-from fxprune.recovery.selection import DropPlan
-from fxprune.stages import repair
 from fxprune.tables import render
 
 __all__ = ["main"]
@@ -42,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in seeds:
             for recipe in RECIPES:
                 run = notebook.once(f"{seed}/{recipe}", partial(_run, recipe, seed, test, arguments))
-                print(f"seed {seed}, {recipe}: {run['seconds']:.1f} s", flush=True)
+                print(f"seed {seed}, {recipe}: {run['recovery_seconds']:.1f} s", flush=True)
         _print(notebook.put("summary", _summary(notebook.entries, seeds)))
 
 
@@ -65,16 +62,7 @@ def _run(
         raise OptionError(
             f"{arguments.model} has no region {', '.join(absent)}; choose from {', '.join(known)}"
         )
-    begun = time.perf_counter()
-    recovered, _ = repair(job, DropPlan((), tuple(known[label] for label in arguments.regions)))
-    seconds = time.perf_counter() - begun
-    small = recovered.graph.to("cpu")
-    return {
-        "seconds": seconds,
-        "loss_before": recovered.loss_before,
-        "loss_after": recovered.loss_after,
-        "accuracy": None if test is None else data.accuracy(small, test.images, test.labels),
-    }
+    return subjects.reach(job, [known[label] for label in arguments.regions], test)
 
 
 def _summary(entries: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -83,7 +71,7 @@ def _summary(entries: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str,
     for recipe in RECIPES:
         runs = [entries[f"{seed}/{recipe}"] for seed in seeds]
         shares = [
-            run["seconds"] / entries[f"{seed}/practise"]["seconds"]
+            run["recovery_seconds"] / entries[f"{seed}/practise"]["recovery_seconds"]
             for run, seed in zip(runs, seeds, strict=True)
         ]
         measured = [run["accuracy"] for run in runs if run["accuracy"] is not None]
@@ -92,7 +80,7 @@ def _summary(entries: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str,
             {
                 "recipe": recipe,
                 "seeds": len(runs),
-                "seconds": statistics.median(run["seconds"] for run in runs),
+                "seconds": statistics.median(run["recovery_seconds"] for run in runs),
                 "share": statistics.median(shares),
                 "shares": shares,
                 "loss_after": statistics.fmean(run["loss_after"] for run in runs),

@@ -25,8 +25,7 @@ from fxprune.jobs import Job, using_threads
 from fxprune.options import Recipe, Selection
 from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.planning import Planner
-from fxprune.recovery.selection import BlockScore, DropPlan
-from fxprune.stages import repair
+from fxprune.recovery.selection import BlockScore
 from fxprune.tables import render
 
 __all__ = ["main"]
@@ -77,7 +76,7 @@ def _run_seed(
                 continue
             regions = [known[label] for label in choice["chosen"]]
             reached = notebook.once(
-                f"{seed}/set/{','.join(choice['chosen'])}", partial(_reach, job, scores, regions, test)
+                f"{seed}/set/{','.join(choice['chosen'])}", partial(subjects.reach, job, regions, test)
             )
             print(
                 f"seed {seed}, k {k}, {selection}: {_percent(reached['accuracy'])} without "
@@ -114,24 +113,6 @@ def _choice(job: Job, scores: Sequence[BlockScore], k: int, selection: Selection
         "sets_scored": asked,
         "saving": planner.saving(chosen),
         "estimate": job.scorer.estimate(chosen),
-    }
-
-
-def _reach(
-    job: Job, scores: Sequence[BlockScore], regions: Sequence[Region], test: data.LabelledImages | None
-) -> dict[str, Any]:
-    """Recover the network without a set, and measure it."""
-    begun = time.perf_counter()
-    recovered, plan = repair(job, DropPlan(tuple(scores), tuple(regions)))
-    seconds = time.perf_counter() - begun
-    accuracy = None
-    if test is not None:
-        accuracy = data.accuracy(recovered.graph.to("cpu"), test.images, test.labels)
-    return {
-        "joint_loss": plan.recovery_loss,
-        "loss_after": recovered.loss_after,
-        "accuracy": accuracy,
-        "recovery_seconds": seconds,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +25,8 @@ from fxprune.jobs import Job, open_job
 from fxprune.options import Backend, CompressOptions, Recipe, Selection, recipe_named
 from fxprune.records import Interval, Latency, LatencyComparison
 from fxprune.recovery.calibration import draw
-from fxprune.recovery.selection import BlockScore
+from fxprune.recovery.selection import BlockScore, DropPlan
+from fxprune.stages import repair
 
 __all__ = [
     "MODELS",
@@ -35,6 +37,7 @@ __all__ = [
     "counts",
     "job_of",
     "kept_result",
+    "reach",
     "recipes_of",
     "savings_of",
     "settings_of",
@@ -255,6 +258,21 @@ def savings_of(job: Job) -> dict[str, Any]:
         device=job.options.device,
     )
     return {region.label: asdict(one) for region, one in zip(regions, measured, strict=True)}
+
+
+def reach(job: Job, regions: Sequence[Region], test: data.LabelledImages | None) -> dict[str, Any]:
+    """Recover the network without a set, and measure it; `test` serves for the accuracy alone."""
+    begun = time.perf_counter()
+    recovered, plan = repair(job, DropPlan((), tuple(regions)))
+    seconds = time.perf_counter() - begun
+    small = recovered.graph.to("cpu")
+    return {
+        "joint_loss": plan.recovery_loss,  # None where nothing was folded first
+        "loss_before": recovered.loss_before,
+        "loss_after": recovered.loss_after,
+        "accuracy": None if test is None else data.accuracy(small, test.images, test.labels),
+        "recovery_seconds": seconds,
+    }
 
 
 def block_scores(

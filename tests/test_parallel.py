@@ -60,7 +60,7 @@ class EndToEnd:
         return self.fit(regions).loss
 
     def release(self) -> None:
-        self.prepared.clear()
+        """Nothing is held."""
 
 
 def recovered(network: Tiny, settings: FitSettings, *, shared: bool) -> dict[str, Tensor]:
