@@ -9,13 +9,14 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxprune.deploy.savings import SCORING
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
 from fxprune.graph.discovery import discover
 from fxprune.graph.extract import ancestors
@@ -154,9 +155,13 @@ def open_job(
     )
     store = None
     if folder is not None:
-        key = fingerprint_of(
-            original, calibration, {**options.scoring(), "tap": features, "threads": torch.get_num_threads()}
-        )
+        settings = {
+            **options.scoring(),
+            "tap": features,
+            "threads": torch.get_num_threads(),
+            "timing": asdict(SCORING),
+        }
+        key = fingerprint_of(original, calibration, settings)
         store = main_first(lambda: ScoreStore(folder / "scores", key))
         scorer = StoredScorer(scorer, store)
     return Job(original, found, features, calibration, held_back, options, scorer, store, bars and is_main())
