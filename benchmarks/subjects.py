@@ -290,7 +290,8 @@ def _comparison(kept: Mapping[str, Any]) -> LatencyComparison:
         Latency(**{**kept[side], "batch_shape": tuple(kept[side]["batch_shape"])})
         for side in ("before", "after")
     )
-    return LatencyComparison(before, after, kept["ratio"], Interval(**kept["interval"]))
+    interval = Interval(**kept["interval"])
+    return LatencyComparison(before, after, kept["ratio"], interval, kept.get("shared_by", 1))
 
 
 def kept_result(file: str | Path) -> dict[str, Any]:

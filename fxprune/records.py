@@ -67,12 +67,15 @@ class LatencyComparison:
         after: The candidate.
         ratio: Median over the pairs of `after / before`; below 1 means faster.
         interval: Bootstrap interval of that median.
+        shared_by: How many equal regions `after` lacks; where more than one, `ratio` and `interval` are those of an
+            equal share of the difference.
     """
 
     before: Latency
     after: Latency
     ratio: float
     interval: Interval
+    shared_by: int = 1
 
     @property
     def saved_s(self) -> float:

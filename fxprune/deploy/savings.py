@@ -1,8 +1,14 @@
-"""Latency that each region is worth, by running the network without it (PRACTISE, eq. 2)."""
+"""Latency that each region is worth, by running the network without it (PRACTISE, eq. 2).
+
+A single region may be worth a hundredth of the latency, less than a quiet machine's noise. Where several regions are
+equal, the network is timed without all of them, and each is worth an equal share: the difference is larger by their
+number, the noise is the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, fx, nn
 
@@ -11,7 +17,7 @@ from fxprune.graph.extract import share
 from fxprune.graph.regions import Region
 from fxprune.graph.signature import signature
 from fxprune.passes import DropRegions
-from fxprune.records import LatencyComparison
+from fxprune.records import Interval, LatencyComparison
 
 __all__ = ["SCORING", "measure_savings", "without"]
 
@@ -39,13 +45,13 @@ def measure_savings(
     settings: TimingSettings = SCORING,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LatencyComparison, ...]:
-    """Times the network without each region against the original, in one interleaved run.
+    """Times the network without its regions against the original, in one interleaved run.
 
-    Regions of one signature (the same operators on the same shapes) are timed once.
+    Regions of one signature (the same operators on the same shapes) are left out together, and share the saving.
 
     Args:
         gm: The original, on `device`.
-        regions: What to leave out, one at a time.
+        regions: What to leave out.
         inputs: A batch of inputs, in the order that `wrap`'s result takes them.
         wrap: Makes a network callable with positional tensors.
         backend: Where to time: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
@@ -54,18 +60,32 @@ def measure_savings(
         progress: Called with rounds done and the most there will be.
 
     Returns:
-        One comparison for each region.
+        One comparison for each region; `shared_by` says how many were left out together.
 
     Raises:
         MeasurementError: The backend cannot run the network.
         DeviceError: The device is not there.
     """
     keys = [signature(gm, region) for region in regions]
-    representatives = dict(zip(reversed(keys), reversed(regions), strict=True))
-    subjects = [wrap(without(gm, [region])) for region in representatives.values()]
+    groups: dict[tuple[str, ...], list[Region]] = {}
+    for key, region in zip(keys, regions, strict=True):
+        groups.setdefault(key, []).append(region)
+    subjects = [wrap(without(gm, group)) for group in groups.values()]
     place = device if backend == "torch" else None
     measured = compare(
         wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings, progress=progress
     )
-    by_key = dict(zip(representatives, measured, strict=True))
-    return tuple(by_key[key] for key in keys)
+    shares = {
+        key: _share(one, len(group)) for (key, group), one in zip(groups.items(), measured, strict=True)
+    }
+    return tuple(shares[key] for key in keys)
+
+
+def _share(measured: LatencyComparison, regions: int) -> LatencyComparison:
+    """What one of several equal regions is worth, measured without all of them."""
+
+    def part(ratio: float) -> float:
+        return 1.0 - (1.0 - ratio) / regions
+
+    interval = Interval(part(measured.interval.low), part(measured.interval.high), measured.interval.level)
+    return replace(measured, ratio=part(measured.ratio), interval=interval, shared_by=regions)

@@ -306,4 +306,5 @@ def _comparison(fields: Mapping[str, Any]) -> LatencyComparison:
         Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
         for side in ("before", "after")
     )
-    return LatencyComparison(before, after, float(fields["ratio"]), Interval(**fields["interval"]))
+    interval = Interval(**fields["interval"])
+    return LatencyComparison(before, after, float(fields["ratio"]), interval, int(fields["shared_by"]))

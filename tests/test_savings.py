@@ -1,0 +1,66 @@
+"""What regions save: equal ones are left out together and share the difference."""
+
+from __future__ import annotations
+
+import pytest
+from torch import fx, nn
+
+import fxprune
+from fxprune.deploy.savings import measure_savings
+from tests.doubles import comparison, count_latency
+from tests.strategies import BlockSpec, NetSpec, image_batch
+
+
+def traced() -> fx.GraphModule:
+    basic = BlockSpec("basic")
+    spec = NetSpec((4, 4), (2,), (False,), ((basic, basic, BlockSpec("bottleneck")), (basic,)))
+    return fxprune.trace(spec.build(), image_batch())
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_equal_regions_are_timed_together_and_each_saves_an_equal_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count_latency(monkeypatch)
+    gm = traced()
+    regions = {region.label: region for region in fxprune.discover(gm).regions}
+    timed: list[fx.GraphModule] = []
+
+    def wrap(network: fx.GraphModule) -> nn.Module:
+        timed.append(network)
+        return network
+
+    found = dict(
+        zip(
+            regions,
+            measure_savings(gm, list(regions.values()), [image_batch()], wrap, backend="torch", device="cpu"),
+            strict=True,
+        )
+    )
+    pair = ("stages.0.0", "stages.0.1")
+    assert len(timed) == len(regions)  # the original, and one network fewer than regions
+    assert found[pair[0]] == found[pair[1]]
+    for label, region in regions.items():
+        assert found[label].shared_by == (2 if label in pair else 1)
+        block = gm.get_submodule(region.label)
+        assert found[label].saving == pytest.approx(parameters(block) / (1 + parameters(gm)))
+
+
+def test_the_noise_is_shared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that saves 2 % could not be told from noise of 3 %; four of them, left out at once, can."""
+    block = BlockSpec("basic")
+    gm = fxprune.trace(NetSpec((4,), (), (), ((block,) * 4,)).build(), image_batch())
+    monkeypatch.setattr(
+        "fxprune.deploy.savings.compare",
+        lambda before, candidates, *rest, **more: [comparison(1.0, 0.92, spread=0.03) for _ in candidates],
+    )
+    regions = fxprune.discover(gm).regions
+    found = measure_savings(gm, regions, [image_batch()], lambda g: g, backend="torch", device="cpu")
+    assert len(found) == 4
+    for one in found:
+        assert one.saving == pytest.approx(0.02)
+        assert one.distinguishable
+        assert one.interval.width == pytest.approx(0.06 / 4)
