@@ -16,7 +16,7 @@ from fxprune.graph.regions import Region
 from fxprune.jobs import Job
 from fxprune.options import FitSettings
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
-from fxprune.recovery.augment import default_augmentation
+from fxprune.recovery.augment import augmentation
 from fxprune.recovery.cached import ChangedPart
 from fxprune.recovery.mimic import FeatureReader, feature_loss, mean_feature_loss
 
@@ -72,7 +72,7 @@ def losses_side_by_side(job: Job, regions: Sequence[Region], settings: FitSettin
     names = list(dict.fromkeys(name for fit in fits.values() for name in (*fit.frontier, *job.tap)))
     original = FeatureReader(job.original, names)
     size = settings.images_per_step(job.calibration.pixels)
-    augment = default_augmentation if settings.augment else None
+    augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
     for iteration, batch in enumerate(job.calibration.stream(size, settings.iterations, seed, augment)):
         with torch.no_grad():
             values = dict(zip(names, original(batch.to(device)), strict=True))

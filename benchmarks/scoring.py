@@ -64,7 +64,7 @@ class Variant:
     kind: type[CachedScorer] = CachedScorer
     settings: FitSettings = FAST
     shared: bool = True
-    extra: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,12 +131,14 @@ def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
     change = dataclasses.replace
     rows["no least squares"] = Variant(kind=_IdentityStart)
     rows["no gradient steps"] = Variant(settings=change(FAST, iterations=0))
-    for count in (30, 60):
+    rows["no steps at the waist"] = Variant(extra={"at_waist": 0.0})
+    rows["no warm-up"] = Variant(settings=change(FAST, warmup=0))
+    for count in (40, 60, 120):
         rows[f"{count} iterations"] = Variant(settings=change(FAST, iterations=count))
-    for size, count in ((4, 240), (16, 60), (32, 30)):
+    for size, count in ((4, 160), (16, 40)):
         few = change(FAST, batch_size=size, iterations=count)
         rows[f"batch {size}, {count} iterations"] = Variant(settings=few)
-    for count in (16, 64, 256):
+    for count in (16, 256):
         rows[f"{count} images for least squares"] = Variant(extra={"start_images": count})
     for count in (64, 256, arguments.images):
         rows[f"loss over {count} images"] = Variant(extra={"loss_images": count})

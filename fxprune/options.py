@@ -48,6 +48,7 @@ class FitSettings:
         max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
         augment: Whether images are cropped and flipped at random.
+        cutmix: Whether a box of each image is replaced by that of another one: more kinds of images from a few.
         unnormalised_rate: Learning rate where no batch norm normalises by the batch, and so keeps training stable.
         retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
     """
@@ -63,6 +64,7 @@ class FitSettings:
     max_pixels: int | None = None
     batch_norm: Literal["eval", "train"] = "eval"
     augment: bool = True
+    cutmix: bool = False
     unnormalised_rate: float | None = None
     retries: int = 0
 
@@ -151,10 +153,11 @@ RECIPES: dict[str, Recipe] = {
         scorer="cached",
         adaptor=FitSettings(
             optimizer="width-adam",
-            iterations=120,
+            iterations=80,
             learning_rate=0.2,
             weight_decay=0.0,
             schedule="cosine",
+            warmup=5,
             batch_size=8,
             augment=False,
         ),
@@ -170,6 +173,7 @@ RECIPES: dict[str, Recipe] = {
             batch_size=64,
             max_pixels=2**20,
             batch_norm="train",
+            cutmix=True,
         ),
         fold_first=True,
         selection="greedy",

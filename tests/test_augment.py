@@ -6,8 +6,14 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from fxprune.errors import OptionError
-from fxprune.recovery.augment import default_augmentation, random_crop_flip
+from fxprune.recovery.augment import Augmentation, augmentation, cutmix, random_crop_flip
 from fxprune.recovery.inputs import Inputs
+
+
+def mixing() -> Augmentation:
+    made = augmentation(crop_flip=True, mix=True)
+    assert made is not None
+    return made
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -84,11 +90,57 @@ def test_only_images_are_taken() -> None:
         random_crop_flip(torch.zeros(3, 8, 8), seeded())
 
 
-def test_the_default_augmentation_changes_the_one_image_tensor() -> None:
+def test_a_box_of_each_image_comes_from_another() -> None:
+    images = torch.arange(200.0)[:, None, None, None].expand(200, 3, 12, 16)
+    mixed = cutmix(images, seeded())
+    shares = []
+    for index, image in enumerate(mixed):
+        assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+        foreign = image[0] != index
+        shares.append(float(foreign.float().mean()))
+        if foreign.any():
+            assert len(image[0][foreign].unique()) == 1
+            rows, columns = foreign.any(1), foreign.any(0)
+            assert torch.equal(foreign, rows[:, None] & columns)
+            for side, extent in ((rows, 12), (columns, 16)):
+                places = side.nonzero().flatten()
+                assert len(places) == places[-1] - places[0] + 1  # in one piece
+                assert extent / 4 <= len(places) <= 3 * extent / 4
+    assert 0.22 < sum(shares) / 200 < 0.28
+    assert sum(share == 0 for share in shares) < 5  # an image may be drawn as its own partner
+
+
+def test_boxes_stay_in_their_place() -> None:
+    images = torch.randn(6, 2, 9, 9, generator=seeded())
+    mixed = cutmix(images, seeded(1))
+    assert bool((mixed[:, None] == images[None]).any(1).all())
+    assert torch.equal(mixed, cutmix(images, seeded(1)))
+    assert not torch.equal(mixed, cutmix(images, seeded(2)))
+
+
+def test_mixing_takes_images_only() -> None:
+    with pytest.raises(OptionError, match=r"\(3, 8, 8\)"):
+        cutmix(torch.zeros(3, 8, 8), seeded())
+    pixel = torch.randn(4, 3, 1, 1, generator=seeded())
+    assert torch.equal(cutmix(pixel, seeded()), pixel)  # no box is that small
+
+
+def test_the_one_image_tensor_is_changed() -> None:
     images, tokens = torch.randn(4, 3, 8, 8, generator=seeded()), torch.randn(4, 5, 6, generator=seeded())
-    result = default_augmentation(Inputs((tokens,), {"x": images, "scale": 2}), seeded(1))
-    assert torch.equal(result.kwargs["x"], random_crop_flip(images, seeded(1)))
-    assert result.args[0] is tokens and result.kwargs["scale"] == 2
+    inputs = Inputs((tokens,), {"x": images, "scale": 2})
+    both = seeded(1)
+    expected = {
+        (True, False): random_crop_flip(images, seeded(1)),
+        (False, True): cutmix(images, seeded(1)),
+        (True, True): cutmix(random_crop_flip(images, both), both),
+    }
+    for (crop_flip, mix), wanted in expected.items():
+        augment = augmentation(crop_flip=crop_flip, mix=mix)
+        assert augment is not None
+        result = augment(inputs, seeded(1))
+        assert torch.equal(result.kwargs["x"], wanted)
+        assert result.args[0] is tokens and result.kwargs["scale"] == 2
+    assert augmentation(crop_flip=False, mix=False) is None
 
 
 @pytest.mark.parametrize(
@@ -104,4 +156,4 @@ def test_the_default_augmentation_changes_the_one_image_tensor() -> None:
 )
 def test_what_may_have_to_stay_aligned_is_left_alone(args: tuple[Tensor, ...]) -> None:
     inputs = Inputs(args)
-    assert default_augmentation(inputs, seeded()) is inputs
+    assert mixing()(inputs, seeded()) is inputs

@@ -200,9 +200,10 @@ def test_scoring_ablation_rows(results: Path) -> None:
         "default",
         "no least squares",
         "no gradient steps",
-        "30 iterations",
-        "batch 4, 240 iterations",
+        "40 iterations",
+        "batch 4, 160 iterations",
     } <= set(rows)
+    assert rows["no steps at the waist"]["losses"] != rows["default"]["losses"]
     assert rows["no least squares"]["losses"] != rows["default"]["losses"]
     assert rows["no gradient steps"]["losses"] != rows["default"]["losses"]
     assert rows["a cache for each candidate"]["losses"] == rows["default"]["losses"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,15 @@ from torch import fx
 
 import fxprune
 from fxprune.errors import OptionError
+from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.extract import between
 from fxprune.graph.regions import Region
 from fxprune.graph.taps import find_tap
 from fxprune.options import RECIPES
 from fxprune.passes import Canonicalize
 from fxprune.recovery.activations import Activations, bytes_per_image
-from fxprune.recovery.adaptors import fit_end_to_end
-from fxprune.recovery.cached import CachedScorer
+from fxprune.recovery.adaptors import Candidate, adaptor_weights, fit_end_to_end
+from fxprune.recovery.cached import CachedScorer, ChangedPart
 from fxprune.recovery.calibration import CalibrationSet, draw
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
@@ -93,6 +96,44 @@ def test_fitting_does_not_make_a_cut_worse(kind: str) -> None:
         fit = fast.fit(regions)
         assert fit.loss <= fit.loss_before
         assert fit.loss <= 1.001 * start.fit(regions).loss
+
+
+def changed_part(gm: fx.GraphModule, regions: Sequence[Region]) -> ChangedPart:
+    return ChangedPart(gm, Candidate(gm, regions, find_tap(gm)), OperatorIndex(gm))
+
+
+def test_the_waist_is_where_all_changes_meet() -> None:
+    """Of a cut in the first stage that is the sum in the transition block, both of whose branches have adaptors."""
+    gm = network()
+    regions = {region.label: region for region in fxprune.discover(gm).regions}
+    waists = {label: changed_part(gm, [region]).waist for label, region in regions.items()}
+    assert waists == {
+        **dict.fromkeys(("stages.0.0", "stages.0.1", "stages.0.2"), "add_3"),
+        "stages.1.1": "add_5",
+        "stages.1.2": None,  # nothing lies between this cut and the tap
+    }
+    both = changed_part(gm, [regions["stages.0.1"], regions["stages.1.1"]])
+    assert both.waist == "add_5"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_down_to_the_waist_the_network_is_that_of_the_candidate(kind: str) -> None:
+    gm = network(kind)
+    seen = 0
+    for regions in sets(gm):
+        work = changed_part(gm, regions)
+        if work.waist is None:
+            continue
+        seen += 1
+        assert set(adaptor_weights(work.above)) == set(adaptor_weights(work.part))
+        for weight in adaptor_weights(work.part):
+            weight.data.add_(0.1 * torch.randn(weight.shape))
+        batch = image_batch(dtype=torch.float32)
+        placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        cached = between(gm, placeholders, work.frontier)(batch)
+        wanted = between(work.candidate.graph, placeholders, [work.waist])(batch)
+        torch.testing.assert_close(work.above(*cached), wanted, rtol=1e-4, atol=1e-4)
+    assert seen >= 3
 
 
 def test_scoring_is_repeatable_and_independent_of_the_order() -> None:

@@ -18,7 +18,8 @@ from fxprune.graph.operators import op_name
 from fxprune.graph.regions import Region
 from fxprune.graph.shapes import bind
 from fxprune.options import FitSettings
-from fxprune.recovery.augment import default_augmentation
+from fxprune.passes import FoldBatchNorm
+from fxprune.recovery.augment import augmentation
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.inputs import Inputs
 from fxprune.recovery.optimizers import RelativeAdam, WidthAdam
@@ -57,12 +58,16 @@ class FeatureReader:
     Args:
         gm: The network; the reader shares its modules.
         tap: Nodes whose values are the features.
+        fold: Whether the reader has its batch norms folded, which spares a network that only answers a fifth of its
+            time; the network itself stays as it is.
     """
 
-    def __init__(self, gm: fx.GraphModule, tap: Sequence[str]) -> None:
+    def __init__(self, gm: fx.GraphModule, tap: Sequence[str], *, fold: bool = False) -> None:
         self._gm = gm
         self._placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         self.part = between(gm, self._placeholders, list(tap))
+        if fold:
+            FoldBatchNorm()(self.part)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Features of a batch, one tensor for each node of the tap."""
@@ -209,7 +214,7 @@ def fit_features(
         CalibrationError: The loss became infinite or NaN.
         DistributedError: Another rank ended.
     """
-    augment = default_augmentation if settings.augment else None
+    augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
     size = settings.images_per_step(calibration.pixels)
     batches = calibration.stream(size, settings.iterations, seed, augment)
     bar = tqdm(

@@ -119,7 +119,7 @@ def recover(
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(gm, regions, maps, tap, calibration, device=device)
-    teacher_reader = FeatureReader(gm, tap)
+    teacher_reader = FeatureReader(gm, tap, fold=True)
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
     parameters = trainable_parameters(student_reader.part)
