@@ -23,7 +23,7 @@ __all__ = ["EXACT_LIMIT", "Planner", "disjoint", "require_enough"]
 EXACT_LIMIT = 512
 """Most sets that `exact` will score."""
 
-SHRUNK = 0.7
+SHRUNK = 0.85
 """Share of what a region added to a smaller set that it adds to a larger one, at least; see `Planner`."""
 
 JointLoss = Callable[[Sequence[Sequence[Region]]], Sequence[float]]
