@@ -117,6 +117,17 @@ def test_the_waist_is_where_all_changes_meet() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_waist_takes_no_more_memory_than_the_frontier(kind: str) -> None:
+    """A wide value, such as the inside of an inverted residual, would fill the cache."""
+    gm = network(kind)
+    for regions in sets(gm):
+        work = changed_part(gm, regions)
+        if work.waist is not None:
+            largest = max(bytes_per_image(gm, [name]) for name in work.frontier)
+            assert bytes_per_image(gm, [work.waist]) <= largest
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_down_to_the_waist_the_network_is_that_of_the_candidate(kind: str) -> None:
     gm = network(kind)
     seen = 0

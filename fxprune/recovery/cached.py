@@ -22,7 +22,7 @@ from fxprune.graph.extract import between, descendants
 from fxprune.graph.regions import Region, Side
 from fxprune.options import FitSettings
 from fxprune.passes import FoldBatchNorm
-from fxprune.recovery.activations import Activations, example_batch, rows_per_image
+from fxprune.recovery.activations import Activations, bytes_per_image, example_batch, rows_per_image
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.least_squares import start_pre_adaptors
@@ -179,7 +179,7 @@ class ChangedPart:
         part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
             feature maps at every step.
         waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
-            tap, if that is not the tap itself.
+            tap, and that is no larger than the frontier's, if that is not the tap itself.
         above: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
         targets: Name of the node that each PRE operator read in the original, by operator.
     """
@@ -193,7 +193,9 @@ class ChangedPart:
         changed = descendants(candidate.graph, sources)
         self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
-        self.waist = _waist(self.part, candidate, sources, cacheable)
+        largest = max((bytes_per_image(gm, [name]) for name in self.frontier), default=0)
+        narrow = {name for name in cacheable if bytes_per_image(gm, [name]) <= largest}
+        self.waist = _waist(self.part, candidate, sources, narrow)
         self.above = self.part
         if self.waist is not None:
             self.above = between(candidate.graph, self.frontier, [self.waist])
@@ -247,7 +249,7 @@ def _frontier(
 
 
 def _waist(
-    part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], cacheable: set[str]
+    part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], allowed: set[str]
 ) -> str | None:
     """See `ChangedPart.waist`; where a cut reaches the tap there is none."""
     if any(region.bypass in candidate.tap for region in candidate.regions):
@@ -259,7 +261,7 @@ def _waist(
     for name in flow:
         if name in candidate.tap:
             return None
-        if name in cacheable - own and all(dominance.post_dominates(name, change) for change in changes):
+        if name in allowed - own and all(dominance.post_dominates(name, change) for change in changes):
             return name
     return None
 
