@@ -14,7 +14,7 @@ from fxprune.graph.operators import shape_of, tensor_meta
 from fxprune.graph.shapes import bind
 from fxprune.recovery.calibration import CalibrationSet
 
-__all__ = ["Activations", "bytes_per_image", "example_batch", "rows_per_image"]
+__all__ = ["Activations", "bytes_of", "bytes_per_image", "example_batch", "rows_per_image"]
 
 
 def example_batch(gm: fx.GraphModule) -> int:
@@ -29,13 +29,16 @@ def rows_per_image(node: fx.Node, batch: int) -> int:
     return 0 if not shape or shape[0] % batch else shape[0] // batch
 
 
+def bytes_of(node: fx.Node) -> int:
+    """Memory that a node's value takes for the example batch."""
+    return prod(shape_of(node) or ()) * tensor_meta(node).dtype.itemsize
+
+
 def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
     """Memory that the values of some nodes take for one image."""
     batch = example_batch(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    return sum(
-        prod(shape_of(nodes[n]) or ()) // batch * tensor_meta(nodes[n]).dtype.itemsize for n in set(names)
-    )
+    return sum(bytes_of(nodes[name]) // batch for name in set(names))
 
 
 class _Keeper(fx.Interpreter):

@@ -22,7 +22,7 @@ from fxprune.graph.extract import between, descendants
 from fxprune.graph.regions import Region, Side
 from fxprune.options import FitSettings
 from fxprune.passes import FoldBatchNorm
-from fxprune.recovery.activations import Activations, bytes_per_image, example_batch, rows_per_image
+from fxprune.recovery.activations import Activations, bytes_of, example_batch, rows_per_image
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.least_squares import start_pre_adaptors
@@ -193,8 +193,8 @@ class ChangedPart:
         changed = descendants(candidate.graph, sources)
         self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
-        largest = max((bytes_per_image(gm, [name]) for name in self.frontier), default=0)
-        narrow = {name for name in cacheable if bytes_per_image(gm, [name]) <= largest}
+        largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
+        narrow = {name for name in cacheable if bytes_of(flow[name]) <= largest}
         self.waist = _waist(self.part, candidate, sources, narrow)
         self.above = self.part
         if self.waist is not None:
