@@ -31,7 +31,8 @@ def rows_per_image(node: fx.Node, batch: int) -> int:
 
 def bytes_of(node: fx.Node) -> int:
     """Memory that a node's value takes for the example batch."""
-    return prod(shape_of(node) or ()) * tensor_meta(node).dtype.itemsize
+    size: int = prod(shape_of(node) or ()) * tensor_meta(node).dtype.itemsize
+    return size
 
 
 def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
