@@ -257,11 +257,10 @@ def _waist(
     flow = flow_nodes(part)
     dominance = Dominance(flow)
     changes = [name for name in sources if name in flow]
-    own = set(candidate.adaptor_nodes())
     for name in flow:
         if name in candidate.tap:
             return None
-        if name in allowed - own and all(dominance.post_dominates(name, change) for change in changes):
+        if name in allowed and all(dominance.post_dominates(name, change) for change in changes):
             return name
     return None
 
