@@ -46,7 +46,7 @@ SIDE_BY_SIDE = 5
 class _IdentityStart(CachedScorer):
     """The default scorer without its least squares: adaptors begin as the identity."""
 
-    def _start(self, work: Any, cache: Any) -> None:
+    def _solve(self, work: Any, cache: Any) -> None:
         """Leaves the adaptors as they are."""
 
 
@@ -294,7 +294,11 @@ def _same_sets(
 ) -> tuple[int, int]:
     """How many of the independent choices for k = 1, 2, ... are the same, with the same savings."""
     paths = [
-        list(Planner(subjects.block_scores(regions, source, savings), lambda sets: [], "independent").path())
+        list(
+            Planner(
+                subjects.block_scores(regions, source, savings), lambda sets, plan: [], "independent"
+            ).path()
+        )
         for source in (losses, reference)
     ]
     same = sum(set(a) == set(b) for a, b in zip(*paths, strict=False))

@@ -23,6 +23,7 @@ from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
 from fxprune.jobs import Job, using_threads
 from fxprune.options import Recipe, Selection
+from fxprune.recovery.joint import JointLosses
 from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.selection import BlockScore
@@ -62,10 +63,14 @@ def _run_seed(
     )
     job = subjects.job_of(subject, recipe=recipe, seed=seed, device=arguments.device)
     savings = notebook.once("savings", lambda: subjects.savings_of(job))
-    losses = notebook.once(f"{seed}/losses", lambda: _losses(job))
+    begun = time.perf_counter()
+    fits = fit_all(job.scorer, [[region] for region in job.found.regions])
+    job.fits = {region.label: fit for region, fit in zip(job.found.regions, fits, strict=True)}
+    losses = {label: fit.loss for label, fit in job.fits.items()}
+    notebook.put(f"{seed}/losses", {"losses": losses, "seconds": time.perf_counter() - begun})
     if test is not None:
         notebook.once("accuracy before", lambda: data.accuracy(subject.model, test.images, test.labels))
-    scores = subjects.block_scores(job.found.regions, losses["losses"], savings)
+    scores = subjects.block_scores(job.found.regions, losses, savings)
     known = {region.label: region for region in job.found.regions}
     for k in arguments.k:
         for selection in SELECTIONS:
@@ -85,21 +90,17 @@ def _run_seed(
             )
 
 
-def _losses(job: Job) -> dict[str, Any]:
-    begun = time.perf_counter()
-    fits = fit_all(job.scorer, [[region] for region in job.found.regions])
-    losses = {region.label: fit.loss for region, fit in zip(job.found.regions, fits, strict=True)}
-    return {"losses": losses, "seconds": time.perf_counter() - begun}
-
-
 def _choice(job: Job, scores: Sequence[BlockScore], k: int, selection: Selection) -> dict[str, Any]:
     """Choose a set; a selection that cannot is noted with its reason."""
-    asked = 0
+    known: dict[tuple[str, ...], float] = {}
+    losses = JointLosses(job.scorer, job.fits)
 
-    def joint_loss(sets: Sequence[Sequence[Region]]) -> list[float]:
-        nonlocal asked
-        asked += len(sets)
-        return [job.scorer.estimate(regions) for regions in sets]
+    def joint_loss(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        found = losses(sets, plan)
+        known.update(
+            {tuple(r.label for r in regions): loss for regions, loss in zip(sets, found, strict=True)}
+        )
+        return found
 
     planner = Planner(scores, joint_loss, selection)
     begun = time.perf_counter()
@@ -107,12 +108,13 @@ def _choice(job: Job, scores: Sequence[BlockScore], k: int, selection: Selection
         chosen = planner.of_size(k)
     except OptionError as refusal:
         return {"chosen": None, "refusal": str(refusal)}
+    labels = tuple(region.label for region in chosen)
     return {
-        "chosen": [region.label for region in chosen],
+        "chosen": list(labels),
         "seconds": time.perf_counter() - begun,
-        "sets_scored": asked,
+        "sets_scored": len(known),
         "saving": planner.saving(chosen),
-        "estimate": job.scorer.estimate(chosen),
+        "estimate": known.get(labels),
     }
 
 

@@ -21,7 +21,7 @@ from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionEr
 from fxprune.graph.discovery import discover
 from fxprune.graph.extract import ancestors
 from fxprune.graph.labels import Ignore
-from fxprune.graph.regions import Discovery, Kind, Reason, Rejection
+from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
@@ -79,6 +79,10 @@ class Job:
     store: ScoreStore | None
     bars: bool
     fits: dict[str, AdaptorFit] = field(default_factory=dict)
+
+    def parts(self, regions: Sequence[Region]) -> list[AdaptorFit]:
+        """Fits of a set's single regions, for a fit of the set to begin at; none where they were not scored."""
+        return [self.fits[region.label] for region in regions] if self.fits else []
 
 
 @contextmanager

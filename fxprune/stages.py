@@ -24,6 +24,7 @@ from fxprune.jobs import Clock, Job
 from fxprune.options import CompressOptions
 from fxprune.records import LatencyComparison
 from fxprune.recovery.calibration import CalibrationSet
+from fxprune.recovery.joint import JointLosses
 from fxprune.recovery.parallel import fit_all, on_main
 from fxprune.recovery.planning import Planner, require_enough
 from fxprune.recovery.recover import Recovered, cut_and_fold, recover
@@ -124,11 +125,7 @@ def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
 
     Whether a plan meets a target is measured, with all its regions dropped.
     """
-
-    def joint_loss(sets: Sequence[Sequence[Region]]) -> list[float]:
-        return [job.scorer.estimate(regions) for regions in sets]
-
-    planner = Planner(scores, joint_loss, job.options.selection)
+    planner = Planner(scores, JointLosses(job.scorer, job.fits), job.options.selection)
     chosen = on_main(
         lambda: planner.of_size(job.options.k) if job.options.k is not None else _first_to_meet(job, planner)
     )
@@ -192,7 +189,7 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
     """Cuts the plan's regions, folds adaptors fitted for the whole set, and mimics."""
     maps = {}
     if job.options.recipe.fold_first:
-        fit = fit_all(job.scorer, [plan.regions])[0]
+        fit = fit_all(job.scorer, [plan.regions], [job.parts(plan.regions)])[0]
         maps = dict(fit.maps)
         plan = DropPlan(plan.scores, plan.regions, fit.loss)
     job.scorer.release()  # mimicking is what needs the most memory

@@ -17,6 +17,7 @@ from fxprune.graph.regions import Kind, Region
 from fxprune.jobs import Clock, Job, default_device, input_names, open_job, using_threads
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.recovery.calibration import draw
+from fxprune.recovery.joint import JointLosses
 from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.recover import cut_and_fold
@@ -113,7 +114,7 @@ def sweep(
             )
         scores = score(job, clock)
         with clock("selection"):
-            planner = Planner(scores, lambda sets: [job.scorer.estimate(s) for s in sets], options.selection)
+            planner = Planner(scores, JointLosses(job.scorer, job.fits), options.selection)
             plans = on_main(lambda: list(planner.path()))
         with clock("measurement"):
             networks = [without(job.original, plan) for plan in plans]
@@ -141,7 +142,7 @@ def sweep(
 def _point(
     job: Job, plan: Sequence[Region], latency: Any, evaluate: Callable[[fx.GraphModule], float] | None
 ) -> SweepPoint:
-    fit = job.scorer.fit(plan)
+    fit = job.scorer.fit(plan, job.parts(plan))
     accuracy = None
     if evaluate is not None:
         folded, _ = cut_and_fold(

@@ -98,6 +98,29 @@ def test_fitting_does_not_make_a_cut_worse(kind: str) -> None:
         assert fit.loss <= 1.001 * start.fit(regions).loss
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_begins_at_the_sum_of_what_its_parts_changed(kind: str) -> None:
+    gm = network(kind)
+    pair = sets(gm)[-1]
+    parts = [scorer(gm, iterations=4).fit([region]) for region in pair]
+    begun = scorer(gm).fit(pair, parts)
+    assert begun.maps
+    for site, weights in begun.maps.items():
+        eye = torch.eye(site.channels)
+        wanted = eye + sum(part.maps[site] - eye for part in parts if site in part.maps)
+        assert torch.allclose(weights, wanted, atol=1e-6)
+    assert not torch.equal(weights, eye)
+
+
+def test_fits_of_the_parts_are_a_better_start_than_none() -> None:
+    gm = network()
+    fast = scorer(gm, 32, iterations=40)
+    pair = sets(gm)[-1]
+    parts = [fast.fit([region]) for region in pair]
+    assert fast.estimate(pair, parts) < fast.estimate(pair, ())
+    assert fast.fit(pair, parts).loss < 1.05 * fast.fit(pair).loss  # in half of the iterations
+
+
 def changed_part(gm: fx.GraphModule, regions: Sequence[Region]) -> ChangedPart:
     return ChangedPart(gm, Candidate(gm, regions, find_tap(gm)), OperatorIndex(gm))
 

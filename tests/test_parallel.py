@@ -46,7 +46,7 @@ class EndToEnd:
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         self.prepared.append(len(sets))
 
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         labels = [region.label for region in regions]
         if self.dies_at in labels:
             os._exit(9)
@@ -56,7 +56,7 @@ class EndToEnd:
         settings = FitSettings(iterations=2, batch_size=5)
         return fit_end_to_end(n.gm, regions, n.tap, n.calibration, settings, device="cpu", seed=0)
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         return self.fit(regions).loss
 
     def release(self) -> None:

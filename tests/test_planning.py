@@ -40,7 +40,8 @@ class Losses:
         names = sorted(labels(plan))
         return sum(self._single[n] for n in names) + sum(self._pair[p] for p in combinations(names, 2))
 
-    def __call__(self, sets: Sequence[Sequence[Region]]) -> list[float]:
+    def __call__(self, sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        assert all(set(labels(plan)) < set(labels(s)) for s in sets)
         self.asked.extend(tuple(labels(s)) for s in sets)
         return [self.of(s) for s in sets]
 
@@ -110,7 +111,7 @@ def test_lazy_greedy_finds_a_region_that_adds_less_to_a_larger_set() -> None:
         "1.0 1.1 2.2": 0.717,
     }
 
-    def joint(sets: Sequence[Sequence[Region]]) -> list[float]:
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
         return [known[" ".join(labels(s))] for s in sets]
 
     planner = Planner(scores, joint, "greedy")
@@ -132,7 +133,7 @@ def test_lazy_greedy_leaves_hopeless_regions_unscored() -> None:
 def test_greedy_sees_an_interaction_that_independent_does_not() -> None:
     scores = [block("a", 1.0, 0.1), block("b", 1.1, 0.1), block("c", 1.2, 0.1)]
 
-    def joint(sets: Sequence[Sequence[Region]]) -> list[float]:
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
         return [9.0 if {"a", "b"} <= set(labels(s)) else float(len(s)) for s in sets]
 
     assert labels(Planner(scores, joint, "independent").of_size(2)) == ["a", "b"]

@@ -371,7 +371,8 @@ def test_law_9_the_unit_of_latency_does_not_matter(
     assert order(seconds) == order(others)
     if sum(s.latency.distinguishable for s in seconds) >= k:
         plans = [
-            Planner(s, lambda sets: [0.0] * len(sets), "independent").of_size(k) for s in (seconds, others)
+            Planner(s, lambda sets, plan: [0.0] * len(sets), "independent").of_size(k)
+            for s in (seconds, others)
         ]
         assert [r.label for r in plans[0]] == [r.label for r in plans[1]]
 

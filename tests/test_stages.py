@@ -33,9 +33,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     def counting(name: str) -> None:
         real = getattr(CachedScorer, name)
 
-        def method(self: CachedScorer, regions: Sequence[Any]) -> Any:
+        def method(self: CachedScorer, regions: Sequence[Any], start: Any = ()) -> Any:
             done.append((name, *(r.label for r in regions)))
-            return real(self, regions)
+            return real(self, regions, start)
 
         monkeypatch.setattr(CachedScorer, name, method)
 
@@ -178,10 +178,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     work.clear()
     fit = CachedScorer.fit
 
-    def interrupted(self: CachedScorer, regions: Sequence[Any]) -> Any:
+    def interrupted(self: CachedScorer, regions: Sequence[Any], start: Any = ()) -> Any:
         if len(work) == 2:
             raise KeyboardInterrupt
-        return fit(self, regions)
+        return fit(self, regions, start)
 
     with monkeypatch.context() as patch:
         patch.setattr(CachedScorer, "fit", interrupted)

@@ -69,7 +69,7 @@ class Pretender:
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         self.prepared.append(len(sets))
 
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         time.sleep(self.pause_s)
         labels = tuple(sorted(region.label for region in regions))
         self.fitted.append(labels)
@@ -78,7 +78,7 @@ class Pretender:
         maps = {site: torch.randn(3, 3, generator=generator) for site in sites}
         return AdaptorFit(maps, 0.1 + len(regions) / 3, 2 / 3)
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         return self.fit(regions).loss / 7
 
     def release(self) -> None:
@@ -154,13 +154,24 @@ def test_a_scorer_hears_of_all_sets_even_if_some_are_finished(
 
 def test_estimates_are_kept_apart_from_fits(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
     pair = network.regions[:2]
-    wanted = Pretender().estimate(pair)
+    wanted = Pretender().estimate(pair, ())
     first = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
     assert first.fit(pair).loss == wanted * 7
-    assert first.estimate(pair) == wanted
+    assert first.estimate(pair, ()) == wanted
     again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
-    assert again.estimate(pair[::-1]) == wanted
+    assert again.estimate(pair[::-1], ()) == wanted
     assert (first.computed, again.computed, again.reused) == (2, 0, 1)
+
+
+def test_what_began_elsewhere_is_another_fit(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
+    pair = network.regions[:2]
+    starts = [(), [Pretender().fit([r]) for r in pair], [Pretender().fit([r]) for r in network.regions[1:3]]]
+    for expected in (len(starts), 0):
+        scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+        for start in starts:
+            scorer.fit(pair, start)
+            scorer.estimate(pair, start)
+        assert scorer.computed == 2 * expected
 
 
 def score_slowly(folder: str) -> None:

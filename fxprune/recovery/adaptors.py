@@ -60,6 +60,14 @@ class Candidate:
         targets = {name for name, m in self.graph.named_modules() if isinstance(m, Adaptor)}
         return [n.name for n in self.graph.graph.nodes if n.op == "call_module" and str(n.target) in targets]
 
+    @torch.no_grad()
+    def begin_at(self, fits: Sequence[AdaptorFit]) -> None:
+        """Sets each adaptor to the identity and all that some fits, of parts of the set, changed in it."""
+        for site, adaptor in self.adaptors.items():
+            eye = torch.eye(len(adaptor.weight)).to(adaptor.weight)
+            known = [fit.maps[site].to(eye) for fit in fits if site in fit.maps]
+            adaptor.weight.copy_(eye + sum(weights - eye for weights in known))
+
     def maps(self) -> dict[AdaptorSite, Tensor]:
         """The adaptors' weights as they stand."""
         return {site: adaptor.weight.detach().clone() for site, adaptor in self.adaptors.items()}

@@ -5,6 +5,8 @@ the calibration images; a candidate begins at its *frontier*, the unchanged valu
 adaptors start from a closed-form solution, and a short fit of all its adaptors follows: in its first half it compares
 at the *waist*, the first value behind all changes that everything goes through, and only then at the tap. That half
 costs less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
+
+A set of regions whose parts were fitted before begins where those ended: at the sum of what their adaptors change.
 """
 
 from __future__ import annotations
@@ -85,18 +87,21 @@ class CachedScorer:
         self.peak_bytes = 0
 
     @torch.no_grad()
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
-        """Fits the adaptors for dropping a set of regions, and measures the recovery loss."""
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
+        """Fits the adaptors for dropping a set of regions, and measures the recovery loss.
+
+        From fits of parts of the set, half of the iterations do.
+        """
         work, cache = self._work(regions)
         before = self._mean_loss(work, cache)
-        self._adapt(work, cache, self._settings)
+        self._adapt(work, cache, start, share=0.5 if start else 1.0)
         return AdaptorFit(work.candidate.maps(), self._mean_loss(work, cache), before)
 
     @torch.no_grad()
-    def estimate(self, regions: Sequence[Region]) -> float:
-        """Recovery loss after half of the iterations: cheaper, and nearly as good in its order."""
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
+        """Recovery loss after a quarter of the iterations: cheaper, and nearly as good in its order."""
         work, cache = self._work(regions)
-        self._adapt(work, cache, replace(self._settings, iterations=self._settings.iterations // 2))
+        self._adapt(work, cache, start, share=0.25)
         return self._mean_loss(work, cache)
 
     def release(self) -> None:
@@ -132,11 +137,16 @@ class CachedScorer:
             self.peak_bytes = max(self.peak_bytes, self._cache.bytes)
         return self._cache
 
-    def _adapt(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
-        self._start(work, cache)
-        self._descend(work, cache, settings)
+    def _adapt(
+        self, work: ChangedPart, cache: Activations, start: Sequence[AdaptorFit], *, share: float
+    ) -> None:
+        if start:
+            work.candidate.begin_at(start)
+        else:
+            self._solve(work, cache)
+        self._descend(work, cache, replace(self._settings, iterations=int(share * self._settings.iterations)))
 
-    def _start(self, work: ChangedPart, cache: Activations) -> None:
+    def _solve(self, work: ChangedPart, cache: Activations) -> None:
         count = min(self._start_images, cache.images)
         inputs = [cache.first(name, count) for name in work.frontier]
         targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}

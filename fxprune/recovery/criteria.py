@@ -27,10 +27,10 @@ class Scorer(Protocol):
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come, so that work can be shared."""
 
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
-        """Fits adaptors for one set and measures the loss."""
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
+        """Fits adaptors for one set and measures the loss; fits of disjoint parts of the set may serve as a start."""
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """The loss of one set, as exactly as comparing many sets needs."""
 
     def release(self) -> None:
@@ -67,8 +67,8 @@ class EndToEndScorer:
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Nothing is shared."""
 
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
-        """Trains the adaptors of one set end to end."""
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
+        """Trains the adaptors of one set end to end, from the identity in any case."""
         return fit_end_to_end(
             self._gm,
             regions,
@@ -80,7 +80,7 @@ class EndToEndScorer:
             progress=self._progress,
         )
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """As `fit`: the paper has no shortcut."""
         return self.fit(regions).loss
 
@@ -106,7 +106,7 @@ class _BareScorer:
         """Nothing is shared."""
 
     @torch.no_grad()
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         """Measures the bare cut; there are no adaptors."""
         student = share(self._gm)
         DropRegions(regions)(student)
@@ -120,7 +120,7 @@ class _BareScorer:
             loss = self._divergence(student)
         return AdaptorFit({}, loss, loss)
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """As `fit`."""
         return self.fit(regions).loss
 

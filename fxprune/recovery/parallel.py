@@ -167,12 +167,15 @@ def main_first(make: Callable[[], T]) -> T:
     return made[0] if made else make()
 
 
-def fit_all(scorer: Scorer, sets: Sequence[Sequence[Region]]) -> list[AdaptorFit]:
+def fit_all(
+    scorer: Scorer, sets: Sequence[Sequence[Region]], starts: Sequence[Sequence[AdaptorFit]] | None = None
+) -> list[AdaptorFit]:
     """Fits many sets of regions, each by one process: rank r fits `sets[r::world]`.
 
     Args:
         scorer: This process's own, made alike on every rank. What it keeps on disk is kept as it goes.
         sets: The same list on every rank.
+        starts: Fits of parts of each set to begin at, the same on every rank.
 
     Returns:
         One fit for each set, in their order and the same on every rank; maps on the CPU where there are several.
@@ -181,9 +184,10 @@ def fit_all(scorer: Scorer, sets: Sequence[Sequence[Region]]) -> list[AdaptorFit
         DistributedError: A process ended, or (on the others) its scorer failed.
     """
     scorer.prepare(sets)
+    work = list(zip(sets, starts or [()] * len(sets), strict=True))
     if world_size() == 1:
-        return [scorer.fit(regions) for regions in sets]
-    mine, error = _attempt(lambda: [_on_cpu(scorer.fit(s)) for s in sets[rank() :: world_size()]])
+        return [scorer.fit(regions, start) for regions, start in work]
+    mine, error = _attempt(lambda: [_on_cpu(scorer.fit(*one)) for one in work[rank() :: world_size()]])
     gathered: list[Any] = [None] * world_size()
     with _reported("gathering scores"):
         dist.all_gather_object(gathered, (mine, None if error is None else _name(error)))

@@ -26,7 +26,7 @@ EXACT_LIMIT = 512
 SHRUNK = 0.85
 """Share of what a region added to a smaller set that it adds to a larger one, at least; see `Planner`."""
 
-JointLoss = Callable[[Sequence[Sequence[Region]]], Sequence[float]]
+JointLoss = Callable[[Sequence[Sequence[Region]], Sequence[Region]], Sequence[float]]
 
 
 def disjoint(regions: Sequence[Region]) -> bool:
@@ -56,7 +56,8 @@ class Planner:
 
     Args:
         scores: One for each region, in graph order.
-        joint_loss: Recovery losses of some sets; called for `greedy` and `exact` only.
+        joint_loss: Recovery losses of some sets, and the plan that they all contain, in the order in which it grew;
+            called for `greedy` and `exact` only.
         selection: How to choose.
     """
 
@@ -123,11 +124,11 @@ class Planner:
         while left:
             if len(plan) == 1:
                 # joint losses come from shorter fits than those of single regions: compare like with like
-                loss = float(self._joint_loss([plan])[0])
+                loss = float(self._joint_loss([plan], ())[0])
             fresh: set[str] = set()
             best = min(left, key=partial(self._bound, plan, loss, added, fresh))
             while plan and best.label not in fresh:
-                added[best.label] = float(self._joint_loss([self._sorted((*plan, best))])[0]) - loss
+                added[best.label] = float(self._joint_loss([self._sorted((*plan, best))], plan)[0]) - loss
                 fresh.add(best.label)
                 best = min(left, key=partial(self._bound, plan, loss, added, fresh))
             loss += added[best.label]
@@ -154,7 +155,7 @@ class Planner:
                 f"selection='exact' would score {count} sets of {k} regions, more than {EXACT_LIMIT}; use 'greedy'"
             )
         sets = [chosen for chosen in combinations(self._usable, k) if disjoint(chosen)]
-        losses = self._joint_loss(sets)
+        losses = self._joint_loss(sets, ())
         return min(zip(losses, sets, strict=True), key=lambda pair: pair[0] / self.saving(pair[1]))[1]
 
     def _sorted(self, plan: Sequence[Region]) -> tuple[Region, ...]:

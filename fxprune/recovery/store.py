@@ -73,9 +73,9 @@ class ScoreStore:
     def __len__(self) -> int:
         return sum(1 for path in self.folder.iterdir() if re.fullmatch(r"score-[0-9a-f]{64}\..*", path.name))
 
-    def get(self, regions: Sequence[Region]) -> AdaptorFit | None:
-        """The fit of a set of regions, maps on the CPU; None where it is not there or cannot be trusted."""
-        path = self._path(regions)
+    def get(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit | None:
+        """The fit of a set that began at some others, maps on the CPU; None where there is none to be trusted."""
+        path = self._path(regions, start)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 note = json.loads((file.metadata() or {})["fxprune"])
@@ -93,8 +93,8 @@ class ScoreStore:
             return AdaptorFit(maps, float(note["loss"]), float(note["loss_before"]))
         return None
 
-    def put(self, regions: Sequence[Region], fit: AdaptorFit) -> None:
-        """Keeps the fit of a set of regions; once this returns, a SIGKILL does not lose it.
+    def put(self, regions: Sequence[Region], fit: AdaptorFit, start: Sequence[AdaptorFit] = ()) -> None:
+        """Keeps the fit of a set that began at some others; once this returns, a SIGKILL does not lose it.
 
         Raises:
             ArtifactError: It cannot be written, for instance because the disk is full.
@@ -109,7 +109,9 @@ class ScoreStore:
             "loss_before": fit.loss_before,
         }
         tensors = {str(i): m for i, m in enumerate(maps)}
-        self._write(self._path(regions), safetensors.torch.save(tensors, {"fxprune": json.dumps(note)}))
+        self._write(
+            self._path(regions, start), safetensors.torch.save(tensors, {"fxprune": json.dumps(note)})
+        )
 
     def get_record(self, name: str) -> Any:
         """What `put_record` kept under a name; None where it is not there or cannot be trusted."""
@@ -144,8 +146,8 @@ class ScoreStore:
                 "from there"
             ) from error
 
-    def _path(self, regions: Sequence[Region]) -> Path:
-        return self.folder / f"score-{_hash(regions)}.safetensors"
+    def _path(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> Path:
+        return self.folder / f"score-{_hash(regions, start)}.safetensors"
 
     def _record(self, name: str) -> Path:
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
@@ -192,8 +194,9 @@ def _labels(regions: Sequence[Region]) -> list[str]:
     return sorted(region.label for region in regions)
 
 
-def _hash(regions: Sequence[Region]) -> str:
-    return hashlib.sha256(json.dumps(_labels(regions)).encode()).hexdigest()
+def _hash(regions: Sequence[Region], start: Sequence[AdaptorFit]) -> str:
+    begun = [_checksum(fit.maps.values()) for fit in start]
+    return hashlib.sha256(json.dumps([_labels(regions), begun]).encode()).hexdigest()
 
 
 def _site(fields: Mapping[str, Any]) -> AdaptorSite:
@@ -234,35 +237,35 @@ class StoredScorer:
         # whole list, and a resumed run must compute what the uninterrupted one would have.
         self._announced.append(list(sets))
 
-    def fit(self, regions: Sequence[Region]) -> AdaptorFit:
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         """Looks a set up, or has it computed and keeps it.
 
         Raises:
             ArtifactError: It was computed and cannot be written.
         """
-        stored = self._store.get(regions)
+        stored = self._store.get(regions, start)
         if stored is not None:
             self.reused += 1
             return stored
         self._announce()
-        fit = self._scorer.fit(regions)
-        self._store.put(regions, fit)
+        fit = self._scorer.fit(regions, start)
+        self._store.put(regions, fit, start)
         self.computed += 1
         return replace(fit, maps={site: weights.cpu() for site, weights in fit.maps.items()})
 
-    def estimate(self, regions: Sequence[Region]) -> float:
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """The scorer's estimate, kept apart from fits: which of the two is known must not change a plan.
 
         Raises:
             ArtifactError: It was computed and cannot be written.
         """
-        name = f"estimate-{_hash(regions)}"
+        name = f"estimate-{_hash(regions, start)}"
         stored = self._store.get_record(name)
         if isinstance(stored, float):
             self.reused += 1
             return stored
         self._announce()
-        loss = self._scorer.estimate(regions)
+        loss = self._scorer.estimate(regions, start)
         self._store.put_record(name, loss)
         self.computed += 1
         return loss
