@@ -8,7 +8,7 @@ import pytest
 
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Kind, Region
-from fxprune.recovery.planning import EXACT_LIMIT, Planner, disjoint
+from fxprune.recovery.planning import EXACT_LIMIT, SCORED_AGAIN, Planner, disjoint
 from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan
 from tests.doubles import comparison
 
@@ -95,20 +95,20 @@ def test_lazy_greedy_is_greedy() -> None:
 
 
 def test_lazy_greedy_finds_a_region_that_adds_less_to_a_larger_set() -> None:
-    """Losses of ResNet-20, three of whose regions are cut: layer1.1 costs less once layer2.2 is gone too."""
+    """Losses of ResNet-20, three of whose regions are cut: layer1.1 costs half once layer2.2 is gone too."""
     scores = [
-        block("1.0", 0.19, 0.137),
+        block("1.0", 0.20, 0.137),
         block("1.1", 0.25, 0.137),
-        block("2.1", 0.26, 0.099),
-        block("2.2", 0.24, 0.099),
+        block("2.1", 0.27, 0.099),
+        block("2.2", 0.25, 0.099),
     ]
     known = {
-        "1.0": 0.20,
-        "1.0 1.1": 0.61,
-        "1.0 2.1": 0.50,
-        "1.0 2.2": 0.43,
-        "1.0 2.1 2.2": 0.742,
-        "1.0 1.1 2.2": 0.717,
+        "1.0": 0.18,
+        "1.0 1.1": 0.744,
+        "1.0 2.1": 0.424,
+        "1.0 2.2": 0.414,
+        "1.0 2.1 2.2": 0.733,
+        "1.0 1.1 2.2": 0.718,
     }
 
     def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
@@ -121,12 +121,13 @@ def test_lazy_greedy_finds_a_region_that_adds_less_to_a_larger_set() -> None:
 
 def test_lazy_greedy_leaves_hopeless_regions_unscored() -> None:
     scores = [
-        *(block(f"cheap{i}", 0.1, 0.1) for i in range(3)),
+        *(block(f"cheap{i}", 0.1, 0.1) for i in range(SCORED_AGAIN + 2)),
         *(block(f"dear{i}", 9.0, 0.1) for i in range(5)),
     ]
     losses = Losses(scores, 0, penalty=0.1)
     planner = Planner(scores, losses, "greedy")
-    assert labels(planner.of_size(3)) == ["cheap0", "cheap1", "cheap2"]
+    assert all(label.startswith("cheap") for label in labels(planner.of_size(3)))
+    assert losses.asked
     assert not any(name.startswith("dear") for asked in losses.asked for name in asked)
 
 

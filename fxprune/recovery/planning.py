@@ -24,7 +24,10 @@ EXACT_LIMIT = 512
 """Most sets that `exact` will score."""
 
 SHRUNK = 0.85
-"""Share of what a region added to a smaller set that it adds to a larger one, at least; see `Planner`."""
+"""Share of what a region added to a smaller set that it adds to a larger one, as far as `greedy` counts on it."""
+
+SCORED_AGAIN = 6
+"""Regions that `greedy` scores again at every step, at least."""
 
 JointLoss = Callable[[Sequence[Sequence[Region]], Sequence[Region]], Sequence[float]]
 
@@ -114,8 +117,9 @@ class Planner:
     def _greedy(self) -> Iterator[tuple[Region, ...]]:
         """Lazy greedy: only the most promising regions are scored again.
 
-        What a region adds to the loss of a set may fall when the set grows, but seldom below `SHRUNK` times what it
-        added to an earlier, smaller set; that bounds its score from below.
+        What a region adds to the loss of a set may fall when the set grows, mostly not below `SHRUNK` times what it
+        added to an earlier, smaller set: so the others are those whose score would be too large even then. A cut in
+        another stage can halve it, for its adaptors help; that is why at least `SCORED_AGAIN` take part.
         """
         plan: tuple[Region, ...] = ()
         loss = 0.0
@@ -126,11 +130,13 @@ class Planner:
                 # joint losses come from shorter fits than those of single regions: compare like with like
                 loss = float(self._joint_loss([plan], ())[0])
             fresh: set[str] = set()
-            best = min(left, key=partial(self._bound, plan, loss, added, fresh))
-            while plan and best.label not in fresh:
-                added[best.label] = float(self._joint_loss([self._sorted((*plan, best))], plan)[0]) - loss
-                fresh.add(best.label)
-                best = min(left, key=partial(self._bound, plan, loss, added, fresh))
+            bound = partial(self._bound, plan, loss, added, fresh)
+            best = min(left, key=bound)
+            while plan and (best.label not in fresh or len(fresh) < min(SCORED_AGAIN, len(left))):
+                stale = min((region for region in left if region.label not in fresh), key=bound)
+                added[stale.label] = float(self._joint_loss([self._sorted((*plan, stale))], plan)[0]) - loss
+                fresh.add(stale.label)
+                best = min(left, key=bound)
             loss += added[best.label]
             plan = (*plan, best)
             left = [region for region in left if not region.overlaps(best)]
