@@ -26,7 +26,7 @@ EXACT_LIMIT = 512
 SHRUNK = 0.85
 """Share of what a region added to a smaller set that it adds to a larger one, as far as `greedy` counts on it."""
 
-SCORED_AGAIN = 6
+SCORED_AGAIN = 4
 """Regions that `greedy` scores again at every step, at least."""
 
 JointLoss = Callable[[Sequence[Sequence[Region]], Sequence[Region]], Sequence[float]]
