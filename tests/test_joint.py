@@ -12,7 +12,8 @@ from fxprune.recovery.joint import JointLosses
 class Notes:
     """A scorer whose fits are named after their sets by their losses."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, continues: bool = True) -> None:
+        self.continues = continues
         self.fits: list[tuple[str, tuple[float, ...]]] = []
         self.estimates: list[tuple[str, tuple[float, ...]]] = []
 
@@ -71,3 +72,9 @@ def test_a_plan_that_grew_unseen_is_fitted_from_its_beginning() -> None:
     scorer = Notes()
     JointLosses(scorer, SINGLE)([[A, B, C, D]], (D, C, B))
     assert scorer.fits == [("dc", (3.0, 2.0)), ("dcb", (101.0, 1.0))]
+
+
+def test_a_scorer_that_begins_anew_in_any_case_fits_no_plan() -> None:
+    scorer = Notes(continues=False)
+    assert JointLosses(scorer, SINGLE)([[A, B, C]], (A, C)) == [1.0]
+    assert (scorer.estimates, scorer.fits) == ([("abc", ())], [])

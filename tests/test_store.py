@@ -62,6 +62,7 @@ class Pretender:
     """A scorer whose fits are made up from the labels; it counts, and takes its time."""
 
     def __init__(self, pause_s: float = 0.0) -> None:
+        self.continues = True
         self.fitted: list[tuple[str, ...]] = []
         self.prepared: list[int] = []
         self.pause_s = pause_s

@@ -49,6 +49,8 @@ class CachedScorer:
         at_waist: Share of a fit's steps that compare at the waist.
     """
 
+    continues = True
+
     def __init__(
         self,
         gm: fx.GraphModule,

@@ -24,11 +24,15 @@ __all__ = ["EndToEndScorer", "Scorer", "make_scorer"]
 class Scorer(Protocol):
     """Anything that can tell what dropping a set of regions costs."""
 
+    @property
+    def continues(self) -> bool:
+        """Whether fits of a set's parts serve as a start; where not, they are ignored."""
+
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come, so that work can be shared."""
 
     def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
-        """Fits adaptors for one set and measures the loss; fits of disjoint parts of the set may serve as a start."""
+        """Fits adaptors for one set and measures the loss, starting from fits of disjoint parts of it, if given."""
 
     def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """The loss of one set, as exactly as comparing many sets needs."""
@@ -49,6 +53,8 @@ class EndToEndScorer:
         seed: Of order and augmentation.
         progress: Whether to draw a bar for each candidate.
     """
+
+    continues = False
 
     def __init__(
         self,
@@ -90,6 +96,8 @@ class EndToEndScorer:
 
 class _BareScorer:
     """Criteria that look at the bare cut: `l2` at the tap (as in eps-ResNet), `kl` of the outputs (CURL)."""
+
+    continues = False
 
     def __init__(
         self,

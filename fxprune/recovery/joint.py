@@ -28,14 +28,14 @@ class JointLosses:
 
     def __call__(self, sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
         """Losses of some sets that contain `plan`, the regions taken so far in the order in which they were."""
+        if not self._scorer.continues:
+            return [self._scorer.estimate(regions, ()) for regions in sets]
         grown = [self._fit(plan)] if plan else []
         taken = {region.label for region in plan}
-        return [
-            self._scorer.estimate(
-                regions, [*grown, *(self._fits[r.label] for r in regions if r.label not in taken)]
-            )
-            for regions in sets
+        starts = [
+            [*grown, *(self._fits[r.label] for r in regions if r.label not in taken)] for regions in sets
         ]
+        return [self._scorer.estimate(regions, start) for regions, start in zip(sets, starts, strict=True)]
 
     def _fit(self, plan: Sequence[Region]) -> AdaptorFit:
         if len(plan) == 1:

@@ -231,6 +231,11 @@ class StoredScorer:
         self.reused = 0
         self.computed = 0
 
+    @property
+    def continues(self) -> bool:
+        """Whether the scorer makes use of a start."""
+        return self._scorer.continues
+
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come; the scorer hears of them once one of them has to be computed."""
         # All of them then, finished or not: what a scorer prepares (which images fit its cache) may depend on the
