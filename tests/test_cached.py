@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from torch import fx
 
 import fxprune
@@ -148,6 +149,22 @@ def test_the_waist_takes_no_more_memory_than_the_frontier(kind: str) -> None:
         if work.waist is not None:
             largest = max(bytes_per_image(gm, [name]) for name in work.frontier)
             assert bytes_per_image(gm, [work.waist]) <= largest
+
+
+def test_sets_have_their_waists_where_single_regions_do() -> None:
+    """Else the original would run again for a value of their own, as it did for pairs in MobileNetV2."""
+    model = torchvision.models.mobilenet_v2(width_mult=0.25).eval()
+    gm = fxprune.trace(model, torch.randn(2, 3, 64, 64))
+    Canonicalize()(gm)
+    fast = CachedScorer(
+        gm, find_tap(gm), draw(torch.randn(4, 3, 64, 64)), SETTINGS, device="cpu", seed=0, loss_images=2
+    )
+    regions = fxprune.discover(gm).regions
+    fast.prepare([[region] for region in regions])
+    cache = fast._cache
+    for other in regions[1:]:
+        fast.fit([regions[0], other])
+        assert fast._cache is cache
 
 
 @pytest.mark.parametrize("kind", KINDS)

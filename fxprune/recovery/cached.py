@@ -11,7 +11,7 @@ A set of regions whose parts were fitted before begins where those ended: at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,6 +86,7 @@ class CachedScorer:
         self._index = OperatorIndex(gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
+        self._waists: frozenset[str] = frozenset()
         self.peak_bytes = 0
 
     @torch.no_grad()
@@ -110,19 +111,29 @@ class CachedScorer:
         """Frees the cached activations."""
         self._cache = None
 
+    def _part(self, regions: Sequence[Region]) -> ChangedPart:
+        return ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index, self._waists)
+
     def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
-        work = ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index)
+        work = self._part(regions)
         return work, self._activations((*work.values, *self._tap))
 
     def _mean_loss(self, work: ChangedPart, cache: Activations) -> float:
         return work.loss(cache, self._tap, min(self._loss_images, cache.images))
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
-        """Runs the original once for everything that some candidates will need."""
+        """Runs the original once for everything that some candidates will need.
+
+        The first sets announced, the single regions, also settle where later ones have their waists: another would not
+        be in the cache.
+        """
         names: dict[str, None] = dict.fromkeys(self._tap)
+        waists: set[str] = set()
         for regions in sets:
-            work = ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index)
-            names.update(dict.fromkeys(work.values))
+            part = self._part(regions)  # one at a time: each has folded weights of its own
+            names.update(dict.fromkeys(part.values))
+            waists.update(() if part.waist is None else (part.waist,))
+        self._waists = self._waists or frozenset(waists)
         self._activations(tuple(names))
 
     def _activations(self, names: Sequence[str]) -> Activations:
@@ -185,18 +196,30 @@ class CachedScorer:
 class ChangedPart:
     """A candidate cut down to what its adaptors change.
 
+    Args:
+        gm: The original, with shapes.
+        candidate: Of it.
+        index: Of its operators.
+        waists: Where the waist may be; without, see there.
+
     Attributes:
         frontier: Values that the changed part reads and that can be cached: the same in the original, computed from
             its inputs, one entry of dimension 0 for each image. Sizes and constants are computed anew.
         part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
             feature maps at every step.
         waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
-            tap, and that is no larger than the frontier's, if that is not the tap itself.
+            tap, and that is among `waists` or no larger than the frontier's, if that is not the tap itself.
         above: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
         targets: Name of the node that each PRE operator read in the original, by operator.
     """
 
-    def __init__(self, gm: fx.GraphModule, candidate: Candidate, index: OperatorIndex) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        candidate: Candidate,
+        index: OperatorIndex,
+        waists: Collection[str] = (),
+    ) -> None:
         self.candidate = candidate
         flow, batch = flow_nodes(gm), example_batch(gm)
         cacheable = {name for name, node in flow.items() if rows_per_image(node, batch) == 1}
@@ -205,9 +228,10 @@ class ChangedPart:
         changed = descendants(candidate.graph, sources)
         self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
-        largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
-        narrow = {name for name in cacheable if bytes_of(flow[name]) <= largest}
-        self.waist = _waist(self.part, candidate, sources, narrow)
+        if not waists:
+            largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
+            waists = {name for name in cacheable if bytes_of(flow[name]) <= largest}
+        self.waist = _waist(self.part, candidate, sources, waists)
         self.above = self.part
         if self.waist is not None:
             self.above = between(candidate.graph, self.frontier, [self.waist])
@@ -261,7 +285,7 @@ def _frontier(
 
 
 def _waist(
-    part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], allowed: set[str]
+    part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], allowed: Collection[str]
 ) -> str | None:
     """See `ChangedPart.waist`; where a cut reaches the tap there is none."""
     if any(region.bypass in candidate.tap for region in candidate.regions):
