@@ -19,8 +19,8 @@ import torch
 from benchmarks import data, subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.errors import OptionError
-from fxprune.jobs import using_threads
 from fxprune.options import RECIPES
+from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
 __all__ = ["main"]

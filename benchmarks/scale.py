@@ -37,8 +37,8 @@ from fxprune.graph.discovery import discover
 from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.jobs import using_threads
 from fxprune.passes import DropRegions, FoldAdaptors, InsertAdaptors
+from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
 __all__ = ["NETWORKS", "chain", "exponent", "main", "measure", "network"]

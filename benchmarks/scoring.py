@@ -29,11 +29,11 @@ from benchmarks.reference import losses_side_by_side
 from fxprune.deploy.environment import peak_memory
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job, using_threads
+from fxprune.jobs import Job
 from fxprune.options import RECIPES, FitSettings
 from fxprune.recovery.cached import CachedScorer
 from fxprune.recovery.criteria import EndToEndScorer
-from fxprune.recovery.planning import Planner
+from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
 __all__ = ["main", "scaled_seconds", "spearman"]
@@ -293,14 +293,7 @@ def _same_sets(
     savings: Mapping[str, Any],
 ) -> tuple[int, int]:
     """How many of the independent choices for k = 1, 2, ... are the same, with the same savings."""
-    paths = [
-        list(
-            Planner(
-                subjects.block_scores(regions, source, savings), lambda sets, plan: [], "independent"
-            ).path()
-        )
-        for source in (losses, reference)
-    ]
+    paths = [subjects.independent_plans(regions, source, savings) for source in (losses, reference)]
     same = sum(set(a) == set(b) for a, b in zip(*paths, strict=False))
     return same, max(map(len, paths))
 

@@ -21,12 +21,13 @@ from benchmarks import data, subjects
 from benchmarks.runs import add_recipe_arguments, mean_and_spread, recipe_from
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job, using_threads
+from fxprune.jobs import Job
 from fxprune.options import Recipe, Selection
 from fxprune.recovery.joint import JointLosses
 from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.selection import BlockScore
+from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
 __all__ = ["main"]

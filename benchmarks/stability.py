@@ -22,7 +22,8 @@ from benchmarks import subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.deploy.latency import BACKENDS
 from fxprune.deploy.savings import SCORING
-from fxprune.jobs import Clock, using_threads
+from fxprune.jobs import Clock
+from fxprune.recovery.threads import using_threads
 from fxprune.stages import choose, score
 from fxprune.tables import render
 

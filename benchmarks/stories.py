@@ -26,9 +26,9 @@ from torchvision import models
 import fxprune
 from benchmarks import environment, subjects
 from fxprune.errors import MeasurementError
-from fxprune.jobs import using_threads
 from fxprune.options import RECIPES, Recipe
 from fxprune.records import LatencyComparison
+from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
 __all__ = ["STORIES", "Story", "main"]

@@ -25,6 +25,7 @@ from fxprune.jobs import Job, open_job
 from fxprune.options import Backend, CompressOptions, Recipe, Selection, recipe_named
 from fxprune.records import Interval, Latency, LatencyComparison
 from fxprune.recovery.calibration import draw
+from fxprune.recovery.planning import Planner
 from fxprune.recovery.selection import BlockScore, DropPlan
 from fxprune.stages import repair
 
@@ -283,6 +284,14 @@ def block_scores(
         BlockScore(region, losses[region.label], float("nan"), _comparison(savings[region.label]))
         for region in regions
     )
+
+
+def independent_plans(
+    regions: Sequence[Region], losses: Mapping[str, float], savings: Mapping[str, Any]
+) -> list[tuple[Region, ...]]:
+    """Return the independent choices for k = 1, 2, ... by losses and kept savings, both by label."""
+    scores = block_scores(regions, losses, savings)
+    return list(Planner(scores, lambda sets, plan: [], "independent").path())
 
 
 def _comparison(kept: Mapping[str, Any]) -> LatencyComparison:

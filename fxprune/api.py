@@ -17,7 +17,7 @@ from fxprune.errors import GraphError, OptionError
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind
-from fxprune.jobs import Clock, Job, default_device, input_names, open_job, using_threads
+from fxprune.jobs import Clock, Job, default_device, input_names, open_job
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.records import LatencyComparison
 from fxprune.recovery.calibration import CalibrationSet, draw
@@ -27,6 +27,7 @@ from fxprune.recovery.parts import capture_inputs, output_tap
 from fxprune.recovery.recover import Recovered
 from fxprune.recovery.replacement import replace_submodule
 from fxprune.recovery.selection import DropPlan
+from fxprune.recovery.threads import using_threads
 from fxprune.reports.records import CompressionReport
 from fxprune.stages import agreement, choose, compare_plans, repair, score, settings_of, worst_fold_error
 

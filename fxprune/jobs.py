@@ -35,7 +35,7 @@ from fxprune.recovery.parallel import is_main, main_first
 from fxprune.recovery.selection import largest_plan
 from fxprune.recovery.store import ScoreStore, StoredScorer
 
-__all__ = ["Clock", "Job", "default_device", "input_names", "open_job", "using_threads"]
+__all__ = ["Clock", "Job", "default_device", "input_names", "open_job"]
 
 
 class Clock:
@@ -83,24 +83,6 @@ class Job:
     def parts(self, regions: Sequence[Region]) -> list[AdaptorFit]:
         """Fits of a set's single regions, for a fit of the set to begin at; none where they were not scored."""
         return [self.fits[region.label] for region in regions] if self.fits else []
-
-
-@contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """Sets torch's number of threads for a while; onnxruntime takes the same.
-
-    Raises:
-        OptionError: The number is below 1.
-    """
-    before = torch.get_num_threads()
-    if count is not None:
-        if count < 1:
-            raise OptionError(f"threads is {count}; it must be 1 or more")
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def default_device(device: str | None, model: Any) -> str:

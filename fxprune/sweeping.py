@@ -14,7 +14,7 @@ from fxprune.errors import OptionError
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind, Region
-from fxprune.jobs import Clock, Job, default_device, input_names, open_job, using_threads
+from fxprune.jobs import Clock, Job, default_device, input_names, open_job
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.recovery.calibration import draw
 from fxprune.recovery.joint import JointLosses
@@ -22,6 +22,7 @@ from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
 from fxprune.recovery.planning import Planner
 from fxprune.recovery.recover import cut_and_fold
 from fxprune.recovery.store import stored_latency
+from fxprune.recovery.threads import using_threads
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
 from fxprune.stages import compare_plans, score, settings_of

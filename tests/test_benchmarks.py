@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import (
+    choice,
     end_to_end,
     environment,
     recovery,
@@ -71,7 +72,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("script", [scoring, selection, stability, recovery, end_to_end, scale])
+@pytest.mark.parametrize("script", [scoring, choice, selection, stability, recovery, end_to_end, scale])
 def test_help_and_unknown_options(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         script.main(["--help"])
@@ -252,6 +253,38 @@ def test_recipes_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixtu
 def test_recovery_names_regions_that_are_not_there(results: Path) -> None:
     with pytest.raises(OptionError, match="no region nowhere"):
         recovery.main([*TINY, "--regions", "nowhere", "--iterations", "1"])
+
+
+def scored(file: Path, reference: dict[str, float]) -> None:
+    """Leave a result of the scoring benchmark, by which the default scorer prefers layer1.0, then layer1.1."""
+    losses = {"layer1.0": 0.1, "layer1.1": 0.2, "layer2.1": 0.3}
+    comparison_row = {"scorer": "default", "losses": losses, "reference losses": reference}
+    savings = {label: dataclasses.asdict(comparison(0.9)) for label in losses}
+    entries = {"comparison": [comparison_row], "savings": savings}
+    file.write_text(json.dumps({"settings": {"model": "resnet20"}, "entries": entries}))
+
+
+def test_choices_that_differ_are_recovered(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored(results / "scored.json", {"layer1.0": 0.1, "layer1.1": 0.3, "layer2.1": 0.2})
+    few = [*TINY, "--scoring", str(results / "scored.json"), "--seeds", "2", "--iterations", "1"]
+    choice.main(few)
+    entries = read(results, "choice_resnet20")["entries"]
+    rows = {(row["k"], row["scorer"]): row for row in entries["summary"]}
+    assert list(rows) == [(1, "both"), (2, "default"), (2, "practise"), (3, "both")]
+    assert rows[2, "default"]["chosen"] == ["layer1.0", "layer1.1"]
+    assert rows[2, "practise"]["chosen"] == ["layer1.0", "layer2.1"]
+    runs = [entries[f"{seed}/layer1.0,layer2.1"] for seed in (0, 1)]
+    assert rows[2, "practise"]["loss_after"] == pytest.approx(sum(run["loss_after"] for run in runs) / 2)
+    assert runs[0]["loss_after"] != runs[1]["loss_after"]  # another draw of images
+    assert "practise" in capsys.readouterr().out
+    choice.main([*few, "--k", "1", "--out", "first"])
+    assert set(read(results, "first")["entries"]) == {"summary"}  # equal sets need no recovery
+
+
+def test_choice_needs_a_comparison_of_the_same_network(results: Path) -> None:
+    scored(results / "scored.json", {})
+    with pytest.raises(OptionError, match="compares no scorers of resnet20"):
+        choice.main([*TINY, "--scoring", str(results / "scored.json")])
 
 
 def test_stability_counts_equal_choices(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch import fx
 import fxprune
 from fxprune.errors import OptionError
 from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.dominance import flow_nodes
 from fxprune.graph.extract import between
 from fxprune.graph.regions import Region
 from fxprune.graph.taps import find_tap
@@ -22,6 +23,9 @@ from fxprune.recovery.activations import Activations, bytes_per_image
 from fxprune.recovery.adaptors import Candidate, adaptor_weights, fit_end_to_end
 from fxprune.recovery.cached import CachedScorer, ChangedPart
 from fxprune.recovery.calibration import CalibrationSet, draw
+from fxprune.recovery.joint import JointLosses
+from fxprune.recovery.parallel import fit_all
+from fxprune.recovery.threads import using_threads
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 SETTINGS = replace(RECIPES["fast"].adaptor, iterations=0, batch_size=4)
@@ -165,6 +169,43 @@ def test_sets_have_their_waists_where_single_regions_do() -> None:
     for other in regions[1:]:
         fast.fit([regions[0], other])
         assert fast._cache is cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fits_side_by_side_are_those_of_one_thread(kind: str) -> None:
+    gm = network(kind)
+    single, joint = sets(gm)[:-2], sets(gm)[-2:]
+    with using_threads(1):
+        one = scorer(gm, iterations=4)
+        alone = fit_all(one, single)
+        pairs = JointLosses(one, {regions[0].label: fit for regions, fit in zip(single, alone, strict=True)})
+        estimates = pairs(joint, ())
+    with using_threads(3):
+        many = scorer(gm, iterations=4)
+        assert many.workers >= 3
+        beside = fit_all(many, single)
+        pairs = JointLosses(
+            many, {regions[0].label: fit for regions, fit in zip(single, beside, strict=True)}
+        )
+        assert [fit.loss for fit in beside] == pytest.approx([fit.loss for fit in alone], rel=1e-5)
+        assert pairs(joint, ()) == pytest.approx(estimates, rel=1e-5)
+        again = fit_all(many, single)  # in whatever order they ended
+    for fit, other in zip(beside, again, strict=True):
+        assert fit.loss == other.loss
+        assert all(torch.equal(fit.maps[site], other.maps[site]) for site in fit.maps)
+
+
+def test_fits_under_way_stay_within_the_budget() -> None:
+    gm = network()
+    held = bytes_per_image(gm, flow_nodes(gm)) * SETTINGS.batch_size
+    tap = find_tap(gm)
+    for device, budget, workers in (
+        ("cpu", 3 * held, 3),
+        ("cpu", held // 2, 1),
+        ("cuda", 3 * held, 1),
+    ):
+        fast = CachedScorer(gm, tap, images(), SETTINGS, device=device, seed=0, cache_bytes=budget)
+        assert fast.workers == workers
 
 
 @pytest.mark.parametrize("kind", KINDS)

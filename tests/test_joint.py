@@ -14,6 +14,7 @@ class Notes:
 
     def __init__(self, *, continues: bool = True) -> None:
         self.continues = continues
+        self.workers = 1
         self.fits: list[tuple[str, tuple[float, ...]]] = []
         self.estimates: list[tuple[str, tuple[float, ...]]] = []
 

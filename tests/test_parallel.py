@@ -42,6 +42,7 @@ class EndToEnd:
     def __init__(self, network: Tiny, fails_at: str = "", dies_at: str = "") -> None:
         self.network, self.fails_at, self.dies_at = network, fails_at, dies_at
         self.continues = False
+        self.workers = 1
         self.prepared: list[int] = []
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:

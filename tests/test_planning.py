@@ -131,6 +131,19 @@ def test_lazy_greedy_leaves_hopeless_regions_unscored() -> None:
     assert not any(name.startswith("dear") for asked in losses.asked for name in asked)
 
 
+def test_greedy_asks_at_once_for_all_that_it_scores_again_in_any_case() -> None:
+    """So that they can be fitted side by side."""
+    scores = [block(str(i), 0.1 + 0.01 * i, 0.1) for i in range(SCORED_AGAIN + 2)]
+    asked: list[list[list[str]]] = []
+
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        asked.append([labels(s) for s in sets])
+        return [0.1 * len(s) for s in sets]
+
+    Planner(scores, joint, "greedy").of_size(2)
+    assert asked == [[["0"]], [["0", str(i)] for i in range(1, SCORED_AGAIN + 1)]]
+
+
 def test_greedy_sees_an_interaction_that_independent_does_not() -> None:
     scores = [block("a", 1.0, 0.1), block("b", 1.1, 0.1), block("c", 1.2, 0.1)]
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Pretender:
 
     def __init__(self, pause_s: float = 0.0) -> None:
         self.continues = True
+        self.workers = 1
         self.fitted: list[tuple[str, ...]] = []
         self.prepared: list[int] = []
         self.pause_s = pause_s
@@ -151,6 +153,28 @@ def test_a_scorer_hears_of_all_sets_even_if_some_are_finished(
     assert inner.prepared == []
     scorer.fit(sets[1])
     assert inner.prepared == [BLOCKS]
+
+
+def test_fits_at_once_wait_until_the_scorer_has_prepared(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    class Slow(Pretender):
+        def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
+            time.sleep(0.2)
+            super().prepare(sets)
+
+        def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
+            assert self.prepared == [BLOCKS]
+            return super().fit(regions, start)
+
+    inner = Slow()
+    scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
+    sets = [[region] for region in network.regions]
+    scorer.prepare(sets)
+    with ThreadPoolExecutor(BLOCKS) as pool:
+        fits = list(pool.map(scorer.fit, sets))
+    assert (scorer.computed, inner.prepared, len(scorer._store)) == (BLOCKS, [BLOCKS], BLOCKS)
+    assert all(same(fit, Pretender().fit(regions)) for fit, regions in zip(fits, sets, strict=True))
 
 
 def test_estimates_are_kept_apart_from_fits(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:

@@ -11,6 +11,7 @@ A set of regions whose parts were fitted before begins where those ended: at the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,20 +22,28 @@ from fxprune.errors import GraphError
 from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.dominance import Dominance, flow_nodes
 from fxprune.graph.extract import between, descendants
+from fxprune.graph.operators import shape_of
 from fxprune.graph.regions import Region, Side
 from fxprune.options import FitSettings
 from fxprune.passes import FoldBatchNorm
-from fxprune.recovery.activations import Activations, bytes_of, example_batch, rows_per_image
+from fxprune.recovery.activations import (
+    Activations,
+    bytes_of,
+    bytes_per_image,
+    example_batch,
+    rows_per_image,
+)
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.calibration import CalibrationSet
 from fxprune.recovery.least_squares import start_pre_adaptors
 from fxprune.recovery.mimic import feature_loss, optimise
+from fxprune.recovery.threads import using_threads
 
 __all__ = ["CachedScorer", "ChangedPart"]
 
 
 class CachedScorer:
-    """Fits the adaptors of many candidates of one network.
+    """Fits the adaptors of many candidates of one network, from one thread or several.
 
     Args:
         gm: The original, frozen, with shapes, on `device`.
@@ -43,10 +52,14 @@ class CachedScorer:
         settings: Of the gradient fit; augmentation does not apply to cached activations.
         device: Where to run.
         seed: Of the order of batches.
-        cache_bytes: Budget of the cached activations.
+        cache_bytes: Budget of the cached activations, and once more of what the fits under way hold.
         start_images: Images for the least squares, at most.
         loss_images: Images that the losses are taken over, at most.
         at_waist: Share of a fit's steps that compare at the waist.
+
+    Attributes:
+        workers: As many fits as the budget holds at once; one on a GPU, which takes one operator after the other.
+        peak_bytes: The most that the cache held.
     """
 
     continues = True
@@ -87,6 +100,10 @@ class CachedScorer:
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
         self._waists: frozenset[str] = frozenset()
+        self._threads = torch.get_num_threads()
+        # torch.fx numbers what it compiles by a global counter, and there is one cache
+        self._building = threading.Lock()
+        self.workers = max(1, cache_bytes // self._bytes_per_fit()) if device.startswith("cpu") else 1
         self.peak_bytes = 0
 
     @torch.no_grad()
@@ -115,8 +132,14 @@ class CachedScorer:
         return ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index, self._waists)
 
     def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
-        work = self._part(regions)
-        return work, self._activations((*work.values, *self._tap))
+        with self._building:
+            work = self._part(regions)
+            return work, self._activations((*work.values, *self._tap))
+
+    def _bytes_per_fit(self) -> int:
+        """Every value of the network for a batch: what a backward pass reads, and then some."""
+        values = [name for name, node in flow_nodes(self._gm).items() if shape_of(node)]
+        return max(1, bytes_per_image(self._gm, values) * self._settings.batch_size)
 
     def _mean_loss(self, work: ChangedPart, cache: Activations) -> float:
         return work.loss(cache, self._tap, min(self._loss_images, cache.images))
@@ -139,13 +162,16 @@ class CachedScorer:
     def _activations(self, names: Sequence[str]) -> Activations:
         if self._cache is None or not self._held.issuperset(names):
             self._cache = None  # free the old one before the new one grows
-            self._cache = Activations(
-                self._gm,
-                list(dict.fromkeys(names)),
-                self._calibration,
-                device=self._device,
-                budget=self._cache_bytes,
-            )
+            with using_threads(
+                self._threads
+            ):  # all of them, whichever thread asks first: rounding depends on it
+                self._cache = Activations(
+                    self._gm,
+                    list(dict.fromkeys(names)),
+                    self._calibration,
+                    device=self._device,
+                    budget=self._cache_bytes,
+                )
             self._held = frozenset(names)
             self.peak_bytes = max(self.peak_bytes, self._cache.bytes)
         return self._cache
@@ -253,8 +279,8 @@ class ChangedPart:
         waist = () if self.waist is None else (self.waist,)
         return (*self.frontier, *self.targets.values(), *waist)
 
-    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 64) -> float:
-        """Mean squared error at the tap over the first cached images."""
+    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 16) -> float:
+        """Mean squared error at the tap over the first cached images, few at a time: others may be at work beside."""
         total = 0.0
         for start in range(0, images, batch_size):
             stop = min(start + batch_size, images)

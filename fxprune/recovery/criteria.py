@@ -28,6 +28,10 @@ class Scorer(Protocol):
     def continues(self) -> bool:
         """Whether fits of a set's parts serve as a start; where not, they are ignored."""
 
+    @property
+    def workers(self) -> int:
+        """How many sets may be fitted or estimated at once, from several threads."""
+
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come, so that work can be shared."""
 
@@ -55,6 +59,7 @@ class EndToEndScorer:
     """
 
     continues = False
+    workers = 1
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class _BareScorer:
     """Criteria that look at the bare cut: `l2` at the tap (as in eps-ResNet), `kl` of the outputs (CURL)."""
 
     continues = False
+    workers = 1
 
     def __init__(
         self,

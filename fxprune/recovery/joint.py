@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fxprune.graph.regions import Region
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.criteria import Scorer
+from fxprune.recovery.threads import side_by_side
 
 __all__ = ["JointLosses"]
 
@@ -28,14 +30,16 @@ class JointLosses:
 
     def __call__(self, sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
         """Losses of some sets that contain `plan`, the regions taken so far in the order in which they were."""
-        if not self._scorer.continues:
-            return [self._scorer.estimate(regions, ()) for regions in sets]
-        grown = [self._fit(plan)] if plan else []
-        taken = {region.label for region in plan}
-        starts = [
-            [*grown, *(self._fits[r.label] for r in regions if r.label not in taken)] for regions in sets
-        ]
-        return [self._scorer.estimate(regions, start) for regions, start in zip(sets, starts, strict=True)]
+        if self._scorer.continues:
+            grown = [self._fit(plan)] if plan else []
+            taken = {region.label for region in plan}
+            starts = [
+                [*grown, *(self._fits[r.label] for r in regions if r.label not in taken)] for regions in sets
+            ]
+        else:
+            starts = [[] for _ in sets]
+        work = [partial(self._scorer.estimate, *one) for one in zip(sets, starts, strict=True)]
+        return side_by_side(work, self._scorer.workers)
 
     def _fit(self, plan: Sequence[Region]) -> AdaptorFit:
         if len(plan) == 1:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import DistributedError, FxpruneError
 from fxprune.recovery.inputs import Inputs
+from fxprune.recovery.threads import side_by_side
 
 if TYPE_CHECKING:  # mimic.py imports this module, and these import mimic.py
     from fxprune.graph.regions import Region
@@ -170,7 +172,7 @@ def main_first(make: Callable[[], T]) -> T:
 def fit_all(
     scorer: Scorer, sets: Sequence[Sequence[Region]], starts: Sequence[Sequence[AdaptorFit]] | None = None
 ) -> list[AdaptorFit]:
-    """Fits many sets of regions, each by one process: rank r fits `sets[r::world]`.
+    """Fits many sets of regions, each by one process: rank r fits `sets[r::world]`, as many at once as its scorer may.
 
     Args:
         scorer: This process's own, made alike on every rank. What it keeps on disk is kept as it goes.
@@ -184,10 +186,12 @@ def fit_all(
         DistributedError: A process ended, or (on the others) its scorer failed.
     """
     scorer.prepare(sets)
-    work = list(zip(sets, starts or [()] * len(sets), strict=True))
+    work = [partial(scorer.fit, *one) for one in zip(sets, starts or [()] * len(sets), strict=True)]
     if world_size() == 1:
-        return [scorer.fit(regions, start) for regions, start in work]
-    mine, error = _attempt(lambda: [_on_cpu(scorer.fit(*one)) for one in work[rank() :: world_size()]])
+        return side_by_side(work, scorer.workers)
+    mine, error = _attempt(
+        lambda: [_on_cpu(fit) for fit in side_by_side(work[rank() :: world_size()], scorer.workers)]
+    )
     gathered: list[Any] = [None] * world_size()
     with _reported("gathering scores"):
         dist.all_gather_object(gathered, (mine, None if error is None else _name(error)))

@@ -132,10 +132,13 @@ class Planner:
             fresh: set[str] = set()
             bound = partial(self._bound, plan, loss, added, fresh)
             best = min(left, key=bound)
-            while plan and (best.label not in fresh or len(fresh) < min(SCORED_AGAIN, len(left))):
-                stale = min((region for region in left if region.label not in fresh), key=bound)
-                added[stale.label] = float(self._joint_loss([self._sorted((*plan, stale))], plan)[0]) - loss
-                fresh.add(stale.label)
+            least = min(SCORED_AGAIN, len(left))
+            while plan and (best.label not in fresh or len(fresh) < least):
+                stale = sorted((region for region in left if region.label not in fresh), key=bound)
+                again = stale[: max(1, least - len(fresh))]  # all that are due in any case at once
+                losses = self._joint_loss([self._sorted((*plan, region)) for region in again], plan)
+                added.update({r.label: float(whole) - loss for r, whole in zip(again, losses, strict=True)})
+                fresh.update(region.label for region in again)
                 best = min(left, key=bound)
             loss += added[best.label]
             plan = (*plan, best)

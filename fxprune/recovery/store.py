@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -228,6 +229,7 @@ class StoredScorer:
     def __init__(self, scorer: Scorer, store: ScoreStore) -> None:
         self._scorer, self._store = scorer, store
         self._announced: list[list[Sequence[Region]]] = []
+        self._lock = threading.Lock()
         self.reused = 0
         self.computed = 0
 
@@ -235,6 +237,11 @@ class StoredScorer:
     def continues(self) -> bool:
         """Whether the scorer makes use of a start."""
         return self._scorer.continues
+
+    @property
+    def workers(self) -> int:
+        """How many the scorer may have under way at once."""
+        return self._scorer.workers
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come; the scorer hears of them once one of them has to be computed."""
@@ -250,12 +257,12 @@ class StoredScorer:
         """
         stored = self._store.get(regions, start)
         if stored is not None:
-            self.reused += 1
+            with self._lock:
+                self.reused += 1
             return stored
         self._announce()
         fit = self._scorer.fit(regions, start)
         self._store.put(regions, fit, start)
-        self.computed += 1
         return replace(fit, maps={site: weights.cpu() for site, weights in fit.maps.items()})
 
     def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
@@ -267,12 +274,12 @@ class StoredScorer:
         name = f"estimate-{_hash(regions, start)}"
         stored = self._store.get_record(name)
         if isinstance(stored, float):
-            self.reused += 1
+            with self._lock:
+                self.reused += 1
             return stored
         self._announce()
         loss = self._scorer.estimate(regions, start)
         self._store.put_record(name, loss)
-        self.computed += 1
         return loss
 
     def release(self) -> None:
@@ -280,8 +287,11 @@ class StoredScorer:
         self._scorer.release()
 
     def _announce(self) -> None:
-        while self._announced:
-            self._scorer.prepare(self._announced.pop(0))
+        """Before a set is computed: what the scorer prepares for the first serves all, so the others wait for it."""
+        with self._lock:
+            self.computed += 1
+            while self._announced:
+                self._scorer.prepare(self._announced.pop(0))
 
 
 def stored_latency(

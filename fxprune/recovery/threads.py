@@ -1,0 +1,63 @@
+"""Independent pieces of work side by side, each on its share of torch's threads.
+
+The steps of a scorer are small: eight images through one operator after another keep many threads waiting for each
+other rather than busy. Candidates know nothing of each other, so several of them on fewer threads each end sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from fxprune.errors import OptionError
+
+__all__ = ["side_by_side", "using_threads"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Sets torch's number of threads for a while, for the thread that asks; onnxruntime takes the same.
+
+    Raises:
+        OptionError: The number is below 1.
+    """
+    before = torch.get_num_threads()
+    if count is not None:
+        if count < 1:
+            raise OptionError(f"threads is {count}; it must be 1 or more")
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def side_by_side(work: Sequence[Callable[[], T]], most: int) -> list[T]:
+    """The results of some calls, in their order.
+
+    How torch's threads are divided depends on the number of calls, never on how long they take: a call that finds its
+    result on disk leaves the others what they have, so that a resumed run computes what the first one would have.
+
+    Args:
+        work: Calls that may run at once.
+        most: So many at a time, at most; no more than torch has threads.
+
+    Raises:
+        Exception: What the first call that failed raised, once those under way have ended; no further one begins.
+    """
+    threads = torch.get_num_threads()
+    count = min(most, threads, len(work))
+    if count < 2:
+        return [call() for call in work]
+    pool = ThreadPoolExecutor(count, "fxprune", torch.set_num_threads, (threads // count,))
+    try:
+        return [result.result() for result in [pool.submit(call) for call in work]]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the pool's number would be that of every thread begun from now on
