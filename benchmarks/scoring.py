@@ -33,6 +33,7 @@ from fxprune.jobs import Job
 from fxprune.options import RECIPES, FitSettings
 from fxprune.recovery.cached import CachedScorer
 from fxprune.recovery.criteria import EndToEndScorer
+from fxprune.recovery.parallel import fit_all
 from fxprune.recovery.threads import using_threads
 from fxprune.tables import render
 
@@ -41,6 +42,14 @@ __all__ = ["main", "scaled_seconds", "spearman"]
 FAST = RECIPES["fast"].adaptor
 SIDE_BY_SIDE = 5
 """Regions whose reference losses are fitted together, and lost together where a run is stopped."""
+
+
+class _OneAtATime(CachedScorer):
+    """The default scorer without fits side by side."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.workers = 1
 
 
 class _IdentityStart(CachedScorer):
@@ -85,13 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = subjects.job_of(subject, seed=arguments.seed, device=arguments.device)
         regions = _named(job, arguments.regions)
         notebook.put("memory before, bytes", peak_memory(arguments.device))
+        seconds = _in_turns(job, regions, notebook, arguments)
         for name, variant in _variants(arguments).items():
-            row = _run(job, regions, variant, arguments.repeats)
-            notebook.put(f"scorer/{name}", row)
-            print(f"{name}: {row['seconds']:.2f} s", flush=True)
+            runs = [_run(job, regions, variant) for _ in range(arguments.repeats)]
+            _note_runs(name, runs, notebook)
         savings = notebook.once("savings", lambda: subjects.savings_of(job))
         reference = _reference(job, regions, notebook, arguments)
-        seconds = _reference_seconds(job, regions, notebook, arguments)
     rows = _compared(notebook, regions, reference, seconds, savings)
     notebook.put("comparison", rows)
     _print(rows, seconds, arguments)
@@ -125,10 +133,11 @@ def _named(job: Job, labels: Sequence[str]) -> list[Region]:
 
 
 def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
-    rows = {"default": Variant()}
+    rows: dict[str, Variant] = {}
     if not arguments.ablation:
         return rows
     change = dataclasses.replace
+    rows["one fit at a time"] = Variant(kind=_OneAtATime)
     rows["no least squares"] = Variant(kind=_IdentityStart)
     rows["no gradient steps"] = Variant(settings=change(FAST, iterations=0))
     rows["no steps at the waist"] = Variant(extra={"at_waist": 0.0})
@@ -143,38 +152,39 @@ def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
     for count in (64, 256, arguments.images):
         rows[f"loss over {count} images"] = Variant(extra={"loss_images": count})
     rows["a cache for each candidate"] = Variant(shared=False)
-    return {name: v for name, v in rows.items() if name == "default" or v != rows["default"]}
+    return {name: variant for name, variant in rows.items() if variant != Variant()}
 
 
-def _run(job: Job, regions: Sequence[Region], variant: Variant, repeats: int) -> dict[str, Any]:
-    """Score all regions some times, from nothing each time."""
-    seconds, losses, cache = [], {}, 0
-    for _ in range(repeats):
-        _finish_device(job)
-        begun = time.perf_counter()
-        scorer = variant.kind(
-            job.original,
-            job.tap,
-            job.calibration,
-            variant.settings,
-            device=job.options.device,
-            seed=job.options.seed,
-            cache_bytes=job.options.cache_bytes,
-            **variant.extra,
-        )
-        if variant.shared:
-            scorer.prepare([[region] for region in regions])
-        losses = {region.label: scorer.fit([region]).loss for region in regions}
-        _finish_device(job)
-        seconds.append(time.perf_counter() - begun)
-        cache = max(cache, scorer.peak_bytes)
+def _run(job: Job, regions: Sequence[Region], variant: Variant) -> dict[str, Any]:
+    """Score all regions, from nothing."""
+    _finish_device(job)
+    begun = time.perf_counter()
+    scorer = variant.kind(
+        job.original,
+        job.tap,
+        job.calibration,
+        variant.settings,
+        device=job.options.device,
+        seed=job.options.seed,
+        cache_bytes=job.options.cache_bytes,
+        **variant.extra,
+    )
+    sets = [[region] for region in regions]
+    fits = fit_all(scorer, sets) if variant.shared else [scorer.fit(one) for one in sets]
+    _finish_device(job)
     return {
-        "seconds": statistics.median(seconds),
-        "all_seconds": seconds,
-        "losses": losses,
-        "cache_bytes": cache,
+        "seconds": time.perf_counter() - begun,
+        "losses": {region.label: fit.loss for region, fit in zip(regions, fits, strict=True)},
+        "cache_bytes": scorer.peak_bytes,
         "process_bytes": peak_memory(job.options.device),  # the highest so far, so of all rows up to this one
     }
+
+
+def _note_runs(name: str, runs: Sequence[Mapping[str, Any]], notebook: subjects.Notebook) -> None:
+    seconds = [run["seconds"] for run in runs]
+    row = {**runs[-1], "seconds": statistics.median(seconds), "all_seconds": seconds}
+    notebook.put(f"scorer/{name}", row)
+    print(f"{name}: {row['seconds']:.2f} s", flush=True)
 
 
 def _finish_device(job: Job) -> None:
@@ -236,21 +246,28 @@ def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
     return {"loss": fit.loss, "loss_before": fit.loss_before, "seconds": time.perf_counter() - begun}
 
 
-def _reference_seconds(
+def _in_turns(
     job: Job, regions: Sequence[Region], notebook: subjects.Notebook, arguments: argparse.Namespace
 ) -> float | None:
-    """The time of 1000 iterations a region, scaled on this machine; None where it was not asked for."""
+    """Time the default scorer and the published fits in turns, so that both see the machine's slow hours.
+
+    Returns:
+        The time of 1000 iterations a region, scaled on this machine; None where it was not asked for.
+    """
     few, wanted = arguments.timed_iterations, RECIPES["practise"].adaptor.iterations
+    threads = torch.get_num_threads()
+    runs, total = [], 0.0
+    for turn in range(arguments.repeats):
+        runs.append(_run(job, regions, Variant()))
+        for region in regions[turn :: arguments.repeats] if few else ():
+            ends = [
+                notebook.once(f"timed/{threads} threads/{n}/{region.label}", partial(_timed, job, region, n))
+                for n in (0, few)
+            ]
+            total += scaled_seconds(ends[0]["seconds"], ends[1]["seconds"], few, wanted)
+    _note_runs("default", runs, notebook)
     if not few:
         return None
-    total = 0.0
-    for region in regions:
-        threads = torch.get_num_threads()
-        ends = [
-            notebook.once(f"timed/{threads} threads/{n}/{region.label}", partial(_timed, job, region, n))
-            for n in (0, few)
-        ]
-        total += scaled_seconds(ends[0]["seconds"], ends[1]["seconds"], few, wanted)
     text = f"{wanted} iterations a region, scaled from {few}; the two loss evaluations are counted once"
     notebook.put("reference seconds", {"seconds": total, "how": text})
     return total

@@ -89,8 +89,10 @@ def compress(
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use.
         latency_batch: Images in a timed batch; by default 64 on CUDA and 8 on the CPU.
-        cache_bytes: Memory for cached activations; where they do not fit, fewer images are cached.
-        seed: Of every random draw. The same seed gives the same plan as long as measured latencies order the same.
+        cache_bytes: Memory for cached activations; where they do not fit, fewer images are cached. Fits side by
+            side may take a quarter of it more.
+        seed: Of every random draw. The same seed and number of threads give the same plan as long as measured
+            latencies order the same.
         threads: Of torch and onnxruntime on the CPU; by default torch's present number.
         out: Folder for `report.json`, and for finished scores: a run that was interrupted goes on from there.
         progress: Whether to draw progress bars; by default on a terminal.

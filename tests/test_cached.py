@@ -200,9 +200,10 @@ def test_fits_under_way_stay_within_the_budget() -> None:
     held = bytes_per_image(gm, flow_nodes(gm)) * SETTINGS.batch_size
     tap = find_tap(gm)
     for device, budget, workers in (
-        ("cpu", 3 * held, 3),
-        ("cpu", held // 2, 1),
-        ("cuda", 3 * held, 1),
+        ("cpu", 12 * held, 3),
+        ("cpu", 12 * held - 1, 2),
+        ("cpu", held, 1),
+        ("cuda", 12 * held, 1),
     ):
         fast = CachedScorer(gm, tap, images(), SETTINGS, device=device, seed=0, cache_bytes=budget)
         assert fast.workers == workers

@@ -52,13 +52,13 @@ class CachedScorer:
         settings: Of the gradient fit; augmentation does not apply to cached activations.
         device: Where to run.
         seed: Of the order of batches.
-        cache_bytes: Budget of the cached activations, and once more of what the fits under way hold.
+        cache_bytes: Budget of the cached activations; fits side by side may take a quarter of it more.
         start_images: Images for the least squares, at most.
         loss_images: Images that the losses are taken over, at most.
         at_waist: Share of a fit's steps that compare at the waist.
 
     Attributes:
-        workers: As many fits as the budget holds at once; one on a GPU, which takes one operator after the other.
+        workers: Fits at once, at least one; on a GPU, which takes one operator after the other, no more.
         peak_bytes: The most that the cache held.
     """
 
@@ -103,7 +103,7 @@ class CachedScorer:
         self._threads = torch.get_num_threads()
         # torch.fx numbers what it compiles by a global counter, and there is one cache
         self._building = threading.Lock()
-        self.workers = max(1, cache_bytes // self._bytes_per_fit()) if device.startswith("cpu") else 1
+        self.workers = max(1, cache_bytes // 4 // self._bytes_per_fit()) if device.startswith("cpu") else 1
         self.peak_bytes = 0
 
     @torch.no_grad()
