@@ -7,7 +7,7 @@ The reference is `EndToEndScorer` with the settings of `recipe="practise"`. Its 
 few regions side by side (see `benchmarks.reference`) and kept as they end, so that an interrupted run goes on, or from
 an earlier result, which may come from a faster machine. Its time is scaled: a region costs
 `t(0) + N (t(n) - t(0)) / n`, where `t(n)` is the time of a fit of n iterations, so that building the candidate and
-taking its two losses, which `t(0)` is, are counted once.
+taking its two losses, which `t(0)` is, are counted once. The default scorer is timed in turns with these fits.
 """
 
 from __future__ import annotations

@@ -162,9 +162,8 @@ class CachedScorer:
     def _activations(self, names: Sequence[str]) -> Activations:
         if self._cache is None or not self._held.issuperset(names):
             self._cache = None  # free the old one before the new one grows
-            with using_threads(
-                self._threads
-            ):  # all of them, whichever thread asks first: rounding depends on it
+            # on all threads, whichever of them asks first: rounding depends on their number
+            with using_threads(self._threads):
                 self._cache = Activations(
                     self._gm,
                     list(dict.fromkeys(names)),
