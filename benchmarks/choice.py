@@ -20,9 +20,9 @@ from benchmarks import subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.pipeline.job import Job
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
 
 __all__ = ["main"]
 

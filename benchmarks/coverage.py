@@ -45,9 +45,9 @@ import fxprune
 from benchmarks.bypass import Inputs, NoBypass, call, find_bypass, run_bypassed
 from benchmarks.environment import RESULTS, write_result
 from benchmarks.zoo import Case, cases
-from fxprune.deploy import serving
-from fxprune.deploy.artifact import write_text_atomic
 from fxprune.errors import TraceError
+from fxprune.export import serving
+from fxprune.export.artifact import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import Discovery, Kind, Region

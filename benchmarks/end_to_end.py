@@ -21,10 +21,10 @@ from typing import Any
 
 import fxprune
 from benchmarks import subjects
-from fxprune.deploy.environment import peak_memory
+from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
-from fxprune.records import LatencyComparison
-from fxprune.tables import render
+from fxprune.reports.tables import render
+from fxprune.timing.environment import peak_memory
 
 __all__ = ["Case", "main", "run", "scaled"]
 

@@ -20,8 +20,8 @@ from benchmarks import data, subjects
 from benchmarks.runs import mean_and_spread
 from fxprune.errors import OptionError
 from fxprune.options import RECIPES
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
 
 __all__ = ["main"]
 

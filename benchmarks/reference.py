@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
+from fxprune.calibration.augment import augmentation
 from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job
 from fxprune.options import FitSettings
+from fxprune.pipeline.job import Job
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
-from fxprune.recovery.augment import augmentation
-from fxprune.recovery.cached import ChangedPart
-from fxprune.recovery.mimic import FeatureReader, feature_loss, mean_feature_loss
+from fxprune.recovery.features import FeatureReader, feature_loss, mean_feature_loss
+from fxprune.scoring.changed_part import ChangedPart
 
 __all__ = ["losses_side_by_side"]
 

@@ -22,7 +22,7 @@ from benchmarks import environment
 from benchmarks.data import LabelledImages, predictions, share
 from fxprune.errors import PostconditionError
 from fxprune.options import RECIPES, Backend, Recipe
-from fxprune.tables import render
+from fxprune.reports.tables import render
 
 __all__ = [
     "Case",

@@ -38,8 +38,8 @@ from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.passes import DropRegions, FoldAdaptors, InsertAdaptors
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
 
 __all__ = ["NETWORKS", "chain", "exponent", "main", "measure", "network"]
 

@@ -26,16 +26,16 @@ import torch
 
 from benchmarks import subjects
 from benchmarks.reference import losses_side_by_side
-from fxprune.deploy.environment import peak_memory
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job
 from fxprune.options import RECIPES, FitSettings
-from fxprune.recovery.cached import CachedScorer
-from fxprune.recovery.criteria import EndToEndScorer
-from fxprune.recovery.parallel import fit_all
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.pipeline.job import Job
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
+from fxprune.scoring.cached import CachedScorer
+from fxprune.scoring.end_to_end import EndToEndScorer
+from fxprune.scoring.scorer import fit_all
+from fxprune.timing.environment import peak_memory
 
 __all__ = ["main", "scaled_seconds", "spearman"]
 

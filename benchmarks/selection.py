@@ -21,14 +21,14 @@ from benchmarks import data, subjects
 from benchmarks.runs import add_recipe_arguments, mean_and_spread, recipe_from
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job
 from fxprune.options import Recipe, Selection
-from fxprune.recovery.joint import JointLosses
-from fxprune.recovery.parallel import fit_all
-from fxprune.recovery.planning import Planner
-from fxprune.recovery.selection import BlockScore
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.pipeline.job import Job
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
+from fxprune.scoring.joint_losses import JointLosses
+from fxprune.scoring.scorer import fit_all
+from fxprune.selection.planner import Planner
+from fxprune.selection.plans import BlockScore
 
 __all__ = ["main"]
 

@@ -20,12 +20,12 @@ import torch
 
 from benchmarks import subjects
 from benchmarks.runs import mean_and_spread
-from fxprune.deploy.latency import BACKENDS
-from fxprune.deploy.savings import SCORING
-from fxprune.jobs import Clock
-from fxprune.recovery.threads import using_threads
-from fxprune.stages import choose, score
-from fxprune.tables import render
+from fxprune.pipeline.job import Clock
+from fxprune.pipeline.stages import choose, score
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
+from fxprune.timing.latency import BACKENDS
+from fxprune.timing.savings import SCORING
 
 __all__ = ["main"]
 

@@ -26,10 +26,10 @@ from torchvision import models
 import fxprune
 from benchmarks import environment, subjects
 from fxprune.errors import MeasurementError
+from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
-from fxprune.records import LatencyComparison
-from fxprune.recovery.threads import using_threads
-from fxprune.tables import render
+from fxprune.processes.threads import using_threads
+from fxprune.reports.tables import render
 
 __all__ = ["STORIES", "Story", "main"]
 

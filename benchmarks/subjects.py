@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from benchmarks import data, environment
 from benchmarks.models.cifar_resnet import resnet
 from benchmarks.models.mobilenet_v2 import MobileNetV2
-from fxprune.deploy.savings import measure_savings
+from fxprune.calibration.drawing import draw
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.jobs import Job, open_job
+from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import Backend, CompressOptions, Recipe, Selection, recipe_named
-from fxprune.records import Interval, Latency, LatencyComparison
-from fxprune.recovery.calibration import draw
-from fxprune.recovery.planning import Planner
-from fxprune.recovery.selection import BlockScore, DropPlan
-from fxprune.stages import repair
+from fxprune.pipeline.job import Job, open_job
+from fxprune.pipeline.stages import repair
+from fxprune.selection.planner import Planner
+from fxprune.selection.plans import BlockScore, DropPlan
+from fxprune.timing.savings import measure_savings
 
 __all__ = [
     "MODELS",

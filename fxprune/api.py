@@ -9,27 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.deploy import latency as timing
-from fxprune.deploy.environment import peak_memory, versions
-from fxprune.deploy.export import ExportRecord
-from fxprune.deploy.export import export_onnx as _export
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
 from fxprune.errors import GraphError, OptionError
+from fxprune.export.onnx_file import ExportRecord
+from fxprune.export.onnx_file import export_onnx as _export
 from fxprune.files import check_writable, write_text_atomic
+from fxprune.graph.call import Inputs
 from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind
-from fxprune.jobs import Clock, Job, default_device, input_names, open_job
+from fxprune.graph.taps import output_tap
+from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
-from fxprune.records import LatencyComparison
-from fxprune.recovery.calibration import CalibrationSet, draw
-from fxprune.recovery.inputs import Inputs
-from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
-from fxprune.recovery.parts import capture_inputs, output_tap
+from fxprune.pipeline.capture import capture_inputs
+from fxprune.pipeline.job import Clock, Job, default_device, input_names, open_job
+from fxprune.pipeline.replacement import replace_submodule
+from fxprune.pipeline.stages import (
+    agreement,
+    choose,
+    compare_plans,
+    repair,
+    score,
+    settings_of,
+    worst_fold_error,
+)
+from fxprune.processes.group import ensure_group, is_main, main_first, on_main
+from fxprune.processes.threads import using_threads
 from fxprune.recovery.recover import Recovered
-from fxprune.recovery.replacement import replace_submodule
-from fxprune.recovery.selection import DropPlan
-from fxprune.recovery.threads import using_threads
-from fxprune.reports.records import CompressionReport
-from fxprune.stages import agreement, choose, compare_plans, repair, score, settings_of, worst_fold_error
+from fxprune.reports.compression import CompressionReport
+from fxprune.selection.plans import DropPlan
+from fxprune.timing import latency as timing
+from fxprune.timing.environment import peak_memory, versions
 
 __all__ = ["compress", "export_onnx", "measure", "report"]
 
@@ -251,7 +261,7 @@ def export_onnx(
         model: Any module; a result of `compress` knows its example inputs.
         path: The file to write.
         example_inputs: A tensor, a tuple or a dict; dimension 0 is the batch and stays free.
-        **settings: Of `fxprune.deploy.export.export_onnx`.
+        **settings: Of `fxprune.export.onnx_file.export_onnx`.
 
     Raises:
         OptionError: No example inputs were given and the model knows none.

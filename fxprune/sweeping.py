@@ -8,24 +8,24 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.deploy.environment import versions
-from fxprune.deploy.savings import without
+from fxprune.calibration.drawing import draw
 from fxprune.errors import OptionError
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind, Region
-from fxprune.jobs import Clock, Job, default_device, input_names, open_job
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
-from fxprune.recovery.calibration import draw
-from fxprune.recovery.joint import JointLosses
-from fxprune.recovery.parallel import ensure_group, is_main, main_first, on_main
-from fxprune.recovery.planning import Planner
+from fxprune.pipeline.job import Clock, Job, default_device, input_names, open_job
+from fxprune.pipeline.stages import compare_plans, score, settings_of
+from fxprune.processes.group import ensure_group, is_main, main_first, on_main
+from fxprune.processes.threads import using_threads
 from fxprune.recovery.recover import cut_and_fold
-from fxprune.recovery.store import stored_latency
-from fxprune.recovery.threads import using_threads
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
-from fxprune.stages import compare_plans, score, settings_of
+from fxprune.scoring.joint_losses import JointLosses
+from fxprune.scoring.stored import stored_latency
+from fxprune.selection.planner import Planner
+from fxprune.timing.environment import versions
+from fxprune.timing.savings import without
 
 __all__ = ["sweep"]
 

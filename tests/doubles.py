@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import RECIPES, Recipe
-from fxprune.records import Interval, Latency, LatencyComparison
 
 __all__ = ["brief", "comparison", "count_latency"]
 
@@ -43,8 +43,8 @@ def count_latency(monkeypatch: pytest.MonkeyPatch) -> None:
         shape = tuple(inputs[0].shape)
         return tuple(comparison(_cost(before), _cost(c), batch=shape) for c in candidates)
 
-    monkeypatch.setattr("fxprune.deploy.latency.compare", compare)
-    monkeypatch.setattr("fxprune.deploy.savings.compare", compare)
+    monkeypatch.setattr("fxprune.timing.latency.compare", compare)
+    monkeypatch.setattr("fxprune.timing.savings.compare", compare)
 
 
 def brief(name: str = "fast", *, adaptor: int = 1, mimic: int = 1) -> Recipe:

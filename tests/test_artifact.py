@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from fxprune.deploy import artifact
 from fxprune.errors import ArtifactError
+from fxprune.export import artifact
 
 
 class Tied(nn.Module):

@@ -5,9 +5,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from fxprune.calibration.augment import Augmentation, augmentation, cutmix, random_crop_flip
 from fxprune.errors import OptionError
-from fxprune.recovery.augment import Augmentation, augmentation, cutmix, random_crop_flip
-from fxprune.recovery.inputs import Inputs
+from fxprune.graph.call import Inputs
 
 
 def mixing() -> Augmentation:

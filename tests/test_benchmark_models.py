@@ -17,8 +17,8 @@ from benchmarks import data, environment, runs
 from benchmarks.models.blocks import surviving
 from benchmarks.models.cifar_resnet import CifarResNet, resnet, resnet20, resnet56
 from benchmarks.models.mobilenet_v2 import MobileNetV2
-from fxprune.deploy import artifact
 from fxprune.errors import ArtifactError, CalibrationError, OptionError, PostconditionError, SourceError
+from fxprune.export import artifact
 from fxprune.options import RECIPES
 
 

@@ -27,12 +27,12 @@ from benchmarks import (
 )
 from benchmarks.models.cifar_resnet import resnet
 from benchmarks.reference import losses_side_by_side
-from fxprune import stages
 from fxprune.errors import OptionError
 from fxprune.graph.discovery import discover
+from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import RECIPES
-from fxprune.records import Interval, Latency, LatencyComparison
-from fxprune.recovery.criteria import EndToEndScorer
+from fxprune.pipeline import stages
+from fxprune.scoring.end_to_end import EndToEndScorer
 
 TINY = ["--model", "resnet20", "--random", "--images", "4"]
 REGIONS = 4  # ResNet-14 has six blocks, two of which change the shape

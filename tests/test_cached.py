@@ -11,6 +11,8 @@ import torchvision
 from torch import fx
 
 import fxprune
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
 from fxprune.errors import OptionError
 from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.dominance import flow_nodes
@@ -19,13 +21,14 @@ from fxprune.graph.regions import Region
 from fxprune.graph.taps import find_tap
 from fxprune.options import RECIPES
 from fxprune.passes import Canonicalize
-from fxprune.recovery.activations import Activations, bytes_per_image
-from fxprune.recovery.adaptors import Candidate, adaptor_weights, fit_end_to_end
-from fxprune.recovery.cached import CachedScorer, ChangedPart
-from fxprune.recovery.calibration import CalibrationSet, draw
-from fxprune.recovery.joint import JointLosses
-from fxprune.recovery.parallel import fit_all
-from fxprune.recovery.threads import using_threads
+from fxprune.processes.threads import using_threads
+from fxprune.recovery.adaptors import Candidate, adaptor_weights
+from fxprune.scoring.activations import Activations, bytes_per_image
+from fxprune.scoring.cached import CachedScorer
+from fxprune.scoring.changed_part import ChangedPart
+from fxprune.scoring.end_to_end import fit_end_to_end
+from fxprune.scoring.joint_losses import JointLosses
+from fxprune.scoring.scorer import fit_all
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 SETTINGS = replace(RECIPES["fast"].adaptor, iterations=0, batch_size=4)
@@ -79,7 +82,7 @@ def test_released_activations_come_back_as_they_were() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fitted_loss_is_that_of_the_maps_it_comes_with(kind: str) -> None:
-    from fxprune.recovery.mimic import FeatureReader, mean_feature_loss, surviving_tap
+    from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
     from fxprune.recovery.recover import cut_and_fold
 
     gm = network(kind)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
 from fxprune.errors import CalibrationError, OptionError
-from fxprune.recovery.calibration import CalibrationSet, Inputs, draw
+from fxprune.graph.call import Inputs
 
 
 def numbered(count: int, *, size: int = 4) -> Tensor:

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,13 @@ from torch import nn
 
 import fxprune
 import fxprune.sweeping  # before any test patches what it imports
-from fxprune import arguments, cli, images, sources, tables
-from fxprune.deploy import artifact
 from fxprune.errors import NoRegionError
+from fxprune.export import artifact
+from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
-from fxprune.records import Interval, Latency, LatencyComparison
-from fxprune.recovery.inputs import Inputs
+from fxprune.measurements import Interval, Latency, LatencyComparison
+from fxprune.reports import tables
+from fxprune.shell import arguments, cli, images, sources
 
 
 class Residual(nn.Module):
@@ -101,7 +101,7 @@ def traced(replace) -> Recorder:
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from fxprune import cli; code = cli.main(['--help']);"
+        "import sys; from fxprune.shell import cli; code = cli.main(['--help']);"
         "print([m for m in ('onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -308,7 +308,7 @@ def test_files_of_a_submodule_hold_the_part(replace, photos, tmp_path, capsys) -
 def test_only_the_first_process_prints_and_writes(
     traced, replace, photos, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("fxprune.recovery.parallel.is_main", lambda: False)
+    monkeypatch.setattr("fxprune.processes.group.is_main", lambda: False)
     compress = replace("compress", traced.result)
     replace("report", Report())
     sweep = replace("sweep", Report())
@@ -331,7 +331,7 @@ def test_only_the_first_process_warns(
         logging.getLogger("fxprune.recovery").error("a disk broke")
         return traced.result
 
-    monkeypatch.setattr("fxprune.recovery.parallel.is_main", lambda: main)
+    monkeypatch.setattr("fxprune.processes.group.is_main", lambda: main)
     monkeypatch.setattr(fxprune, "compress", compress)
     monkeypatch.setattr(fxprune, "report", lambda gm: Report())
     assert cli.main(["compress", "m", "--k", "1", "--data", str(photos), "--size", "8"]) == 0
@@ -456,8 +456,7 @@ def test_measure_refuses_networks_with_different_inputs(replace, tmp_path, capsy
 
 def test_demo_prints_its_table_or_the_figures(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:
     run = Recorder(None)
-    monkeypatch.setitem(sys.modules, "fxprune.demo", SimpleNamespace(run=run))
-    monkeypatch.setattr(fxprune, "demo", sys.modules["fxprune.demo"], raising=False)
+    monkeypatch.setattr("fxprune.shell.demo.run", run)
     for flags, expected in ([], "the table\n"), (["--json"], '{\n  "accuracy": 0.9\n}\n'):
         run.result = {"table": "the table", "accuracy": 0.9}
         assert cli.main(["demo", "--out", str(tmp_path), "--seed", "3", "--threads", "1", *flags]) == 0

@@ -26,9 +26,9 @@ from fxprune.errors import (
     TraceError,
 )
 from fxprune.graph.regions import Kind, Reason
+from fxprune.measurements import LatencyComparison
 from fxprune.passes import Adaptor, Canonicalize, DropRegions
-from fxprune.records import LatencyComparison
-from fxprune.reports.records import CompressionReport
+from fxprune.reports.compression import CompressionReport
 from tests.doubles import brief, comparison, count_latency
 from tests.strategies import BlockSpec, NetSpec, ResidualNet, image_batch
 
@@ -61,10 +61,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work began before the input was checked")
 
     for name in (
-        "fxprune.deploy.latency.compare",
-        "fxprune.deploy.savings.compare",
-        "fxprune.recovery.cached.CachedScorer.fit",
-        "fxprune.recovery.cached.CachedScorer.prepare",
+        "fxprune.timing.latency.compare",
+        "fxprune.timing.savings.compare",
+        "fxprune.scoring.cached.CachedScorer.fit",
+        "fxprune.scoring.cached.CachedScorer.prepare",
     ):
         monkeypatch.setattr(name, stop)
 
@@ -483,7 +483,7 @@ def test_savings_lost_in_the_noise_are_never_cut(monkeypatch: pytest.MonkeyPatch
         return 0.8 if first_stage else 0.99
 
     monkeypatch.setattr(
-        "fxprune.deploy.savings.compare",
+        "fxprune.timing.savings.compare",
         lambda before, candidates, inputs, **rest: tuple(
             comparison(1.0, ratio(candidate), spread=0.02) for candidate in candidates
         ),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.fx import symbolic_trace
 
-from fxprune import demo
 from fxprune.errors import ArtifactError, SourceError
+from fxprune.shell import demo
 
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
 

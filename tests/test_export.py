@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torchvision.models import VisionTransformer
 
-from fxprune.deploy import export, serving
-from fxprune.deploy.artifact import frozen_copy
-from fxprune.deploy.attention import FourDimensionalAttention
 from fxprune.errors import ExportError, OptionError, ParityError
+from fxprune.export import onnx_file, serving
+from fxprune.export.artifact import frozen_copy
+from fxprune.export.attention import FourDimensionalAttention
 
 
 class Small(nn.Module):
@@ -75,7 +75,7 @@ def test_the_file_equals_the_network_at_every_batch_size(
     tmp_path: Path, make: Callable[[], nn.Module]
 ) -> None:
     model = make()
-    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(1, 3, 8, 8)])
+    record = onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(1, 3, 8, 8)])
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert record.batch_sizes == (1, 2, 5)
     assert 0 <= record.max_abs_diff <= record.tolerance < 1e-2
@@ -93,14 +93,14 @@ def test_the_file_equals_the_network_at_every_batch_size(
 def test_the_network_keeps_its_mode_weights_and_gradients(tmp_path: Path) -> None:
     model = Small().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], verify=False)
+    onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], verify=False)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    export.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)])
+    onnx_file.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)])
     assert capfd.readouterr() == ("", "")
 
 
@@ -108,20 +108,20 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_several_inputs_and_nested_outputs(tmp_path: Path, named: bool) -> None:
     left, right = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     inputs = {"right": right, "left": left} if named else [left, right]
-    record = export.export_onnx(Several(), tmp_path / "m.onnx", inputs)
+    record = onnx_file.export_onnx(Several(), tmp_path / "m.onnx", inputs)
     assert set(record.inputs) == {"left", "right"}
     assert len(record.outputs) == 3
 
 
 def test_unverified_files_say_so(tmp_path: Path) -> None:
-    record = export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)], verify=False)
+    record = onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)], verify=False)
     assert (record.batch_sizes, record.max_abs_diff) == ((), 0.0)
     assert (tmp_path / "m.onnx").is_file()
 
 
 def test_image_size_may_stay_free(tmp_path: Path) -> None:
     model = Small().eval()
-    export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 10)], dynamic_image_size=True)
+    onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 10)], dynamic_image_size=True)
     x = torch.randn(3, 3, 13, 17)
     (y,) = serving.run(serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_attention_over_any_number_of_dimensions(
     model = Attention(None if mask is None else torch.randn(mask))
     if mask is not None and len(mask) == len(shape):
         model.mask = model.mask[:1]  # a mask for each image would fix the batch
-    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
+    record = onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
     assert record.max_abs_diff <= 1e-5
     x = torch.randn(shape, dtype=torch.float64)
     model = Attention(None if model.mask is None else model.mask.double())
@@ -158,7 +158,7 @@ def test_attention_over_any_number_of_dimensions(
 def test_a_graph_that_the_optimizer_breaks_is_written_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    convert = export._convert
+    convert = onnx_file._convert
 
     def broken(*arguments: Any, optimize: bool) -> onnx.ModelProto:
         proto = convert(*arguments, optimize=optimize)
@@ -166,34 +166,34 @@ def test_a_graph_that_the_optimizer_breaks_is_written_without_it(
             proto.graph.node[0].input[0] = "nowhere"
         return proto
 
-    monkeypatch.setattr(export, "_convert", broken)
-    record = export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)])
+    monkeypatch.setattr(onnx_file, "_convert", broken)
+    record = onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert record.max_abs_diff <= record.tolerance
     assert "nowhere" in caplog.text
 
 
 def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
-    record = export.export_onnx(nn.Linear(3, 2).half(), tmp_path / "m.onnx", [torch.randn(2, 3).half()])
+    record = onnx_file.export_onnx(nn.Linear(3, 2).half(), tmp_path / "m.onnx", [torch.randn(2, 3).half()])
     assert record.tolerance >= 5e-3
 
 
 def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
     """With onnxruntime's layout optimisation it did (1.31, CPU)."""
     model = VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=4).half()
-    record = export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 32, 32).half()])
+    record = onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 32, 32).half()])
     assert record.max_abs_diff <= record.tolerance
 
 
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, export._wellformed(export.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
+    return model, onnx_file._wellformed(onnx_file.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
 
 
 @pytest.fixture
 def converted(linear: tuple[nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A network whose conversion, the slow part, is done already."""
-    monkeypatch.setattr(export, "_wellformed", lambda *args: linear[1])
+    monkeypatch.setattr(onnx_file, "_wellformed", lambda *args: linear[1])
     return linear[0]
 
 
@@ -220,7 +220,7 @@ def test_a_file_that_disagrees_is_not_written(
     perturb(monkeypatch, change)
     (tmp_path / "m.onnx").write_bytes(b"the old one")
     with pytest.raises(ParityError, match="no file was written") as caught:
-        export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+        onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert not caught.value.max_abs_diff <= caught.value.tolerance
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"the old one")]
 
@@ -229,7 +229,7 @@ def test_a_wider_tolerance_accepts(
     tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     perturb(monkeypatch, lambda ys: [y + 0.1 for y in ys])
-    record = export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)], tolerance=0.2)
+    record = onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)], tolerance=0.2)
     assert record.max_abs_diff == pytest.approx(0.1, abs=1e-4)
     assert record.tolerance == 0.2
 
@@ -241,9 +241,9 @@ def test_an_interruption_leaves_no_file(
     def interrupt(*arguments: object) -> None:
         raise stop
 
-    monkeypatch.setattr(export, "_compare", interrupt)
+    monkeypatch.setattr(onnx_file, "_compare", interrupt)
     with pytest.raises((KeyboardInterrupt, ExportError), match=r"by the user|disk is full"):
-        export.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+        onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_written_is_explained(
     tmp_path: Path, model: nn.Module, shape: tuple[int, ...], words: str
 ) -> None:
     with pytest.raises(ExportError, match=words):
-        export.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
+        onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(shape)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,7 +282,7 @@ def test_a_network_beyond_protobuf_is_refused_before_any_work(tmp_path: Path) ->
     table = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**29, dtype=torch.float32)
     model.register_buffer("table", table)
     with pytest.raises(ExportError, match="2 GiB"):
-        export._require_single_file(model)
+        onnx_file._require_single_file(model)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +297,9 @@ def test_a_network_beyond_protobuf_is_refused_before_any_work(tmp_path: Path) ->
 )
 def test_unfit_options_are_refused(tmp_path: Path, inputs: list[Tensor], options: dict[str, float]) -> None:
     with pytest.raises(OptionError):
-        export.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", inputs, **options)
+        onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", inputs, **options)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, converted: nn.Module) -> None:
     with pytest.raises(ExportError, match="cannot be written"):
-        export.export_onnx(converted, tmp_path / "missing" / "m.onnx", [torch.randn(2, 3)])
+        onnx_file.export_onnx(converted, tmp_path / "missing" / "m.onnx", [torch.randn(2, 3)])

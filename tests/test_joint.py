@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxprune.graph.regions import Kind, Region
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.recovery.joint import JointLosses
+from fxprune.scoring.joint_losses import JointLosses
 
 
 class Notes:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.deploy import latency, rounds
-from fxprune.deploy.export import export_onnx
 from fxprune.errors import DeviceError, MeasurementError, OptionError
-from fxprune.records import Interval, LatencyComparison, NotMeasured
+from fxprune.export.onnx_file import export_onnx
+from fxprune.measurements import Interval, LatencyComparison, NotMeasured
+from fxprune.timing import latency, rounds
 
 QUICK = latency.TimingSettings(warmup=1, min_rounds=3, max_rounds=4, resamples=50)
 X = torch.randn(2, 3, 8, 8)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
 from fxprune.errors import CalibrationError, OptionError
+from fxprune.graph.call import Inputs
 from fxprune.graph.taps import find_tap
 from fxprune.options import RECIPES, FitSettings, Recipe
 from fxprune.recovery import recover as recovery
-from fxprune.recovery.calibration import CalibrationSet, draw
-from fxprune.recovery.inputs import Inputs
-from fxprune.recovery.mimic import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.optimizers import WidthAdam
 from fxprune.recovery.recover import Recovered
 from tests.tiny import images, tiny

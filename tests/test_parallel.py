@@ -17,15 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxprune.errors import CalibrationError, DistributedError
+from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
-from fxprune.recovery import parallel
-from fxprune.recovery.adaptors import AdaptorFit, fit_end_to_end
-from fxprune.recovery.fingerprint import fingerprint_of
-from fxprune.recovery.inputs import Inputs
-from fxprune.recovery.mimic import FeatureReader, fit_features, surviving_tap, trainable_parameters
+from fxprune.processes import group
+from fxprune.recovery.adaptors import AdaptorFit
+from fxprune.recovery.features import FeatureReader, surviving_tap
 from fxprune.recovery.recover import cut_and_fold
-from fxprune.recovery.store import ScoreStore, StoredScorer
+from fxprune.recovery.training import fit_features, trainable_parameters
+from fxprune.scoring.end_to_end import fit_end_to_end
+from fxprune.scoring.fingerprint import fingerprint_of
+from fxprune.scoring.scorer import fit_all
+from fxprune.scoring.store import ScoreStore
+from fxprune.scoring.stored import StoredScorer
 from tests.test_store import ROOT, Tiny, tiny
 
 # 7 of 10 images: a batch that two processes cannot halve
@@ -91,9 +95,9 @@ def sets_of(network: Tiny) -> list[list[Region]]:
 
 def work_together(folder: Path) -> None:
     network, exact = tiny(), tiny(torch.float64)
-    number = parallel.rank()
+    number = group.rank()
     scorer = EndToEnd(network)
-    fits = parallel.fit_all(scorer, sets_of(network))
+    fits = fit_all(scorer, sets_of(network))
     assert scorer.prepared == [7]
     save_file(as_tensors(fits), folder / f"fits-{number}.safetensors")
     for name, net, settings in (
@@ -105,15 +109,15 @@ def work_together(folder: Path) -> None:
         save_file(recovered(net, settings, shared=True), folder / f"{name}-{number}.safetensors")
     order: list[int] = []
     facts = {
-        "world": parallel.world_size(),
-        "main": parallel.is_main(),
-        "same": parallel.same_everywhere({"rank": number}),
-        "on_main": parallel.on_main(lambda: [number, os.getpid()]),
-        "first": parallel.main_first(lambda: (order.append(number), number)[1]),
+        "world": group.world_size(),
+        "main": group.is_main(),
+        "same": group.same_everywhere({"rank": number}),
+        "on_main": group.on_main(lambda: [number, os.getpid()]),
+        "first": group.main_first(lambda: (order.append(number), number)[1]),
         "calls": len(order),
     }
     try:
-        parallel.on_main(lambda: 1 / 0)
+        group.on_main(lambda: 1 / 0)
     except (ZeroDivisionError, DistributedError) as error:
         facts["failure"] = f"{type(error).__name__}: {error}"
     (folder / f"facts-{number}.json").write_text(json.dumps(facts))
@@ -122,9 +126,9 @@ def work_together(folder: Path) -> None:
 def score_with_store(folder: Path, fails_at: str = "", dies_at: str = "") -> None:
     network = tiny()
     key = fingerprint_of(network.gm, network.calibration, {})
-    store = parallel.main_first(lambda: ScoreStore(folder, key))
+    store = group.main_first(lambda: ScoreStore(folder, key))
     scorer = StoredScorer(EndToEnd(network, fails_at, dies_at), store)
-    parallel.fit_all(scorer, [[region] for region in network.regions])
+    fit_all(scorer, [[region] for region in network.regions])
 
 
 def work_until_death(folder: Path) -> None:
@@ -133,7 +137,7 @@ def work_until_death(folder: Path) -> None:
     try:
         score_with_store(folder / "failed", fails_at=tiny().regions[5].label)
     except (CalibrationError, DistributedError) as error:
-        (folder / f"error-{parallel.rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+        (folder / f"error-{group.rank()}.txt").write_text(f"{type(error).__name__}: {error}")
     score_with_store(folder / "died", dies_at=tiny().regions[3].label)
 
 
@@ -186,7 +190,7 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_two_processes_fit_what_one_fits(together: Path) -> None:
-    wanted = as_tensors(parallel.fit_all(EndToEnd(tiny()), sets_of(tiny())))
+    wanted = as_tensors(fit_all(EndToEnd(tiny()), sets_of(tiny())))
     assert len(wanted) > 20
     for number in (0, 1):
         close(load_file(together / f"fits-{number}.safetensors"), wanted)
@@ -247,9 +251,9 @@ def test_a_process_that_dies_ends_the_others_and_loses_no_score(together: Path) 
     network = tiny()
     store = ScoreStore(together / "died", fingerprint_of(network.gm, network.calibration, {}))
     scorer = StoredScorer(EndToEnd(network), store)
-    fits = parallel.fit_all(scorer, [[region] for region in network.regions])
+    fits = fit_all(scorer, [[region] for region in network.regions])
     assert (scorer.reused, scorer.computed) == (4, 2)
-    close(as_tensors(fits), as_tensors(parallel.fit_all(EndToEnd(network), [[r] for r in network.regions])))
+    close(as_tensors(fits), as_tensors(fit_all(EndToEnd(network), [[r] for r in network.regions])))
 
 
 def test_a_process_that_never_comes_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,25 +265,25 @@ def test_a_process_that_never_comes_is_not_waited_for_forever(monkeypatch: pytes
         monkeypatch.setenv(variable, value)
     start = time.monotonic()
     with pytest.raises(DistributedError, match=r"process 0 of 2 lost .* while meeting the other processes"):
-        parallel.ensure_group(timeout_s=2.0)
+        group.ensure_group(timeout_s=2.0)
     assert time.monotonic() - start < 20
-    assert parallel.world_size() == 1
+    assert group.world_size() == 1
 
 
 def test_without_a_group_everything_is_local() -> None:
-    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    assert (group.rank(), group.world_size(), group.is_main()) == (0, 1, True)
     token = object()
-    assert parallel.same_everywhere(token) is token
-    assert parallel.on_main(lambda: token) is token
-    assert parallel.main_first(lambda: token) is token
+    assert group.same_everywhere(token) is token
+    assert group.on_main(lambda: token) is token
+    assert group.main_first(lambda: token) is token
     with pytest.raises(ZeroDivisionError):
-        parallel.on_main(lambda: 1 / 0)
-    parallel.leave_group()
+        group.on_main(lambda: 1 / 0)
+    group.leave_group()
 
 
 def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert parallel.ensure_group() is False
+    assert group.ensure_group() is False
     assert not torch.distributed.is_initialized()
 
 
@@ -288,12 +292,12 @@ def test_shares_of_a_batch_are_disjoint_and_whole(
     monkeypatch: pytest.MonkeyPatch, count: int, world: int
 ) -> None:
     batch = Inputs((torch.arange(count),), {"mask": torch.arange(count) * 2})
-    monkeypatch.setattr(parallel, "world_size", lambda: world)
+    monkeypatch.setattr(group, "world_size", lambda: world)
     seen: list[int] = []
     weights = []
     for number in range(world):
-        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
-        part, weight = parallel.share_of(batch)
+        monkeypatch.setattr(group, "rank", lambda number=number: number)
+        part, weight = group.share_of(batch)
         assert part.batch_size >= 1
         assert torch.equal(part.kwargs["mask"], part.args[0] * 2)
         assert weight == (part.batch_size / count if weight else 0.0)
@@ -305,5 +309,5 @@ def test_shares_of_a_batch_are_disjoint_and_whole(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    assert parallel.ensure_group(timeout_s=120.0)
+    assert group.ensure_group(timeout_s=120.0)
     work_until_death(Path(sys.argv[1]))

@@ -19,12 +19,13 @@ from torchvision.models import detection, optical_flow, segmentation
 from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
 from fxprune.graph.discovery import discover
 from fxprune.graph.regions import Region
+from fxprune.graph.taps import output_tap
 from fxprune.graph.trace import trace
 from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions
-from fxprune.recovery.parts import capture_inputs, output_tap
+from fxprune.pipeline.capture import capture_inputs
+from fxprune.pipeline.replacement import replace_submodule
 from fxprune.recovery.recover import recover
-from fxprune.recovery.replacement import replace_submodule
 
 
 class Block(nn.Module):

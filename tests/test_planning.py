@@ -8,8 +8,8 @@ import pytest
 
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Kind, Region
-from fxprune.recovery.planning import EXACT_LIMIT, SCORED_AGAIN, Planner, disjoint
-from fxprune.recovery.selection import BlockScore, DropPlan, largest_plan
+from fxprune.selection.planner import EXACT_LIMIT, SCORED_AGAIN, Planner, disjoint
+from fxprune.selection.plans import BlockScore, DropPlan, largest_plan
 from tests.doubles import comparison
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.deploy.artifact import load, save
+from fxprune.export.artifact import load, save
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import Kind, Region
 from fxprune.graph.trace import split_inputs
@@ -29,8 +29,8 @@ from fxprune.passes import (
     InsertAdaptors,
     PropagateShapes,
 )
-from fxprune.recovery.planning import Planner
-from fxprune.recovery.selection import BlockScore
+from fxprune.selection.planner import Planner
+from fxprune.selection.plans import BlockScore
 from tests.doubles import brief, comparison, count_latency
 from tests.motifs import MOTIFS, Motif
 from tests.strategies import (

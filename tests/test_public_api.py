@@ -129,7 +129,7 @@ def test_every_error_descends_from_one_root() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_the_library_neither_prints_nor_configures_logging(path: Path) -> None:
-    if module_name(path) in ("fxprune.cli", "fxprune.demo", "fxprune.__main__"):
+    if module_name(path) in ("fxprune.shell.cli", "fxprune.shell.demo", "fxprune.__main__"):
         return
     calls = {
         ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)

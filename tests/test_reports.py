@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
+from fxprune.measurements import NotMeasured
 from fxprune.options import RECIPES
-from fxprune.records import NotMeasured
-from fxprune.recovery.selection import BlockScore, DropPlan
+from fxprune.reports.compression import CompressionReport, plain
 from fxprune.reports.plots import front_svg
-from fxprune.reports.records import CompressionReport, plain
 from fxprune.reports.sweep import SweepPoint, SweepReport
+from fxprune.selection.plans import BlockScore, DropPlan
 from tests.doubles import comparison
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import fx, nn
 
 import fxprune
-from fxprune.deploy.savings import measure_savings
+from fxprune.timing.savings import measure_savings
 from tests.doubles import comparison, count_latency
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
@@ -54,7 +54,7 @@ def test_the_noise_is_shared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     block = BlockSpec("basic")
     gm = fxprune.trace(NetSpec((4,), (), (), ((block,) * 4,)).build(), image_batch())
     monkeypatch.setattr(
-        "fxprune.deploy.savings.compare",
+        "fxprune.timing.savings.compare",
         lambda before, candidates, *rest, **more: [comparison(1.0, 0.92, spread=0.03) for _ in candidates],
     )
     regions = fxprune.discover(gm).regions

@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, save
 
-from fxprune.deploy import serving
 from fxprune.errors import DeviceError, MeasurementError
+from fxprune.export import serving
 
 
 @pytest.fixture

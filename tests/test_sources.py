@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from fxprune.deploy import artifact
 from fxprune.errors import ArtifactError, OptionError, SourceError
-from fxprune.images import IMAGENET_MEAN, IMAGENET_STD
-from fxprune.sources import load_images, load_model, load_weights, onnx_inputs
+from fxprune.export import artifact
+from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD
+from fxprune.shell.sources import load_images, load_model, load_weights, onnx_inputs
 
 
 def test_torchvision_networks_come_untrained_and_in_evaluation_mode() -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune import jobs, stages
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
-from fxprune.records import LatencyComparison
-from fxprune.recovery.cached import CachedScorer
-from fxprune.recovery.planning import Planner
+from fxprune.measurements import LatencyComparison
+from fxprune.pipeline import job as job_module
+from fxprune.pipeline import stages
+from fxprune.scoring.cached import CachedScorer
+from fxprune.selection.planner import Planner
 from tests.doubles import brief, comparison, count_latency
 from tests.tiny import BLOCKS, images, tiny
 
@@ -261,7 +262,7 @@ def test_a_report_comes_from_compress_alone() -> None:
 
 
 def test_the_clock_adds_up() -> None:
-    clock = jobs.Clock()
+    clock = job_module.Clock()
     for _ in range(2):
         with clock("a"):
             pass
@@ -279,7 +280,7 @@ def test_exact_selection_needs_k() -> None:
 def test_mimicking_has_the_memory_of_the_scorer_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     held: list[object] = []
-    build, mimic = jobs.make_scorer, stages.recover
+    build, mimic = job_module.make_scorer, stages.recover
 
     def make_scorer(*args: Any, **settings: Any) -> Any:
         made.append(build(*args, **settings))
@@ -289,7 +290,7 @@ def test_mimicking_has_the_memory_of_the_scorer_to_itself(monkeypatch: pytest.Mo
         held.append(made[0]._cache)
         return mimic(*args, **settings)
 
-    monkeypatch.setattr(jobs, "make_scorer", make_scorer)
+    monkeypatch.setattr(job_module, "make_scorer", make_scorer)
     monkeypatch.setattr(stages, "recover", recover)
     compress(1)
     assert held == [None]
@@ -311,7 +312,7 @@ def test_too_few_savings_are_told_before_anything_is_scored(
     def noisy(before: object, candidates: Sequence[object], inputs: Any, **rest: Any) -> Any:
         return tuple(comparison(1.0, 0.9, spread=0.2) for _ in candidates)
 
-    monkeypatch.setattr("fxprune.deploy.savings.compare", noisy)
+    monkeypatch.setattr("fxprune.timing.savings.compare", noisy)
     with pytest.raises(
         OptionError, match=r"k is 1, but only 0 regions.*no saving was seen for: body\.0, body\.1"
     ):

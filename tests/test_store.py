@@ -19,18 +19,20 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import ArtifactError, OptionError
+from fxprune.graph.call import Inputs
 from fxprune.graph.discovery import discover
 from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
+from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import Backend, FitSettings
-from fxprune.records import Interval, Latency, LatencyComparison
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.recovery.calibration import CalibrationSet, Inputs
-from fxprune.recovery.fingerprint import Fingerprint, fingerprint_of
-from fxprune.recovery.store import ScoreStore, StoredScorer, stored_latency
+from fxprune.scoring.fingerprint import Fingerprint, fingerprint_of
+from fxprune.scoring.store import ScoreStore
+from fxprune.scoring.stored import StoredScorer, stored_latency
 from tests.motifs import Basic, conv
 
 ROOT = Path(__file__).resolve().parent.parent

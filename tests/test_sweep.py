@@ -55,7 +55,7 @@ def test_a_second_sweep_gives_the_same_front(tmp_path: Path, monkeypatch: pytest
     def never(*_: object, **__: object) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("fxprune.recovery.cached.CachedScorer._work", never)
+    monkeypatch.setattr("fxprune.scoring.cached.CachedScorer._work", never)
     second = sweep(out=tmp_path)
     assert second.points == first.points
     assert second.scores == first.scores

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fxprune.errors import OptionError
-from fxprune.recovery.threads import side_by_side, using_threads
+from fxprune.processes.threads import side_by_side, using_threads
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
+from fxprune.graph.call import bind
 from fxprune.graph.operators import MUTATES
 
-__all__ = ["bind", "has_shapes", "propagate_shapes"]
+__all__ = ["has_shapes", "propagate_shapes"]
 
 
 def _metadata(value: Any) -> Any:
@@ -52,52 +53,6 @@ class _Recorder(fx.Interpreter):
 def _version(value: Any) -> int | None:
     """How often a tensor was changed in place; None for other values, and for tensors that do not count."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
-
-
-def _parts(spec: Any) -> Sequence[Any]:
-    """The children of a `TreeSpec`; before torch 2.10 they were an attribute."""
-    parts: Sequence[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
-    return parts
-
-
-def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Orders call arguments as the graph's placeholders.
-
-    Args:
-        gm: The graph; its calling convention may flatten nested inputs.
-        args: Positional arguments of `gm(*args, **kwargs)`.
-        kwargs: Keyword arguments.
-
-    Returns:
-        One value for each placeholder that was given one.
-
-    Raises:
-        GraphError: An argument has no placeholder, or a placeholder without default got none.
-    """
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    if info is not None and info.in_spec.num_children == 2 and info.in_spec.type is tuple:
-        keywords = _parts(info.in_spec)[1].context or []
-        ordered = {name: kwargs[name] for name in keywords if name in kwargs}
-        return pytree.tree_leaves((tuple(args), ordered))
-    if info is not None:
-        return pytree.tree_leaves(tuple(args))
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    values = list(args)
-    for node in placeholders[len(values) :]:
-        name = str(node.target)
-        if name in kwargs:
-            values.append(kwargs[name])
-        elif node.args:
-            values.append(node.args[0])
-        elif not name.startswith("*"):
-            raise GraphError(f"input {name!r} of the network was not given", nodes=[node.name])
-    unknown = set(kwargs) - {str(node.target) for node in placeholders}
-    if len(args) > len(placeholders) or unknown:
-        names = [str(node.target) for node in placeholders]
-        raise GraphError(
-            f"the network takes {names}, but {len(args)} positional and {sorted(kwargs)} were given"
-        )
-    return values
 
 
 def has_shapes(gm: fx.GraphModule) -> bool:

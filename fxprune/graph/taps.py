@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import fx
 
 from fxprune.errors import GraphError
@@ -9,7 +11,9 @@ from fxprune.graph import operators as ops
 from fxprune.graph import vocabulary
 from fxprune.graph.dominance import Dominance, flow_nodes
 
-__all__ = ["find_tap"]
+__all__ = ["find_tap", "output_tap"]
+
+logger = logging.getLogger(__name__)
 
 _POOLS = vocabulary.AVERAGE_POOLS | vocabulary.MAX_POOLS
 
@@ -87,3 +91,29 @@ def _size(shape: tuple[int, ...]) -> int:
     for extent in shape[1:]:
         size *= extent
     return size
+
+
+def output_tap(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Where a part of a model is mimicked: every floating-point tensor it computes and returns.
+
+    Unlike `find_tap` it never reads before a pooling: what follows a part is not known, so all it returns counts.
+
+    Args:
+        gm: A graph with shapes.
+
+    Raises:
+        GraphError: The part returns no floating-point tensor.
+    """
+    flow = flow_nodes(gm)
+    output = next(reversed(flow.values()))
+    returned = [n for n in output.all_input_nodes if n.name in flow and n.op != "placeholder"]
+    tap = tuple(n.name for n in returned if ops.is_floating(n))
+    if not tap:
+        raise GraphError(
+            "no output of this part is a floating-point tensor that it computes; name a larger part, or a tap",
+            nodes=[n.name for n in returned],
+        )
+    if len(tap) < len(returned):
+        unread = [n.name for n in returned if n.name not in tap]
+        logger.warning("not mimicked, as they are no floating-point tensors: %s", ", ".join(unread))
+    return tap

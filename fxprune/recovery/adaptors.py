@@ -14,12 +14,10 @@ from torch import Tensor, fx, nn
 from fxprune.graph.extract import share
 from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import AdaptorSite, Region
-from fxprune.options import FitSettings
 from fxprune.passes import Adaptor, DropRegions, InsertAdaptors
-from fxprune.recovery.calibration import CalibrationSet
-from fxprune.recovery.mimic import FeatureReader, fit_features, mean_feature_loss, surviving_tap
+from fxprune.recovery.features import surviving_tap
 
-__all__ = ["AdaptorFit", "Candidate", "adaptor_weights", "fit_end_to_end"]
+__all__ = ["AdaptorFit", "Candidate", "adaptor_weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,51 +74,3 @@ class Candidate:
 def adaptor_weights(part: fx.GraphModule) -> list[nn.Parameter]:
     """Weights of the adaptors that a part computes with; one behind the tap, on the classifier, stays the identity."""
     return [module.weight for module in part.modules() if isinstance(module, Adaptor)]
-
-
-def fit_end_to_end(
-    gm: fx.GraphModule,
-    regions: Sequence[Region],
-    tap: Sequence[str],
-    calibration: CalibrationSet,
-    settings: FitSettings,
-    *,
-    device: str,
-    seed: int,
-    progress: bool = False,
-) -> AdaptorFit:
-    """Fits adaptors as PRACTISE does: the whole network forward and back at every step.
-
-    Args:
-        gm: The original, frozen.
-        regions: What to drop.
-        tap: Where features are compared.
-        calibration: The images.
-        settings: Of the fit.
-        device: Where `gm` is.
-        seed: Of order and augmentation.
-        progress: Whether to draw a progress bar.
-
-    Returns:
-        The fitted maps and the losses.
-    """
-    candidate = Candidate(gm, regions, tap)
-    teacher, student = FeatureReader(gm, tap), FeatureReader(candidate.graph, candidate.tap)
-    before = mean_feature_loss(teacher, student, calibration, device=device)
-    parameters = adaptor_weights(student.part)
-    if parameters and settings.iterations:
-        title = ", ".join(region.label for region in regions)
-        fit_features(
-            teacher,
-            student,
-            parameters,
-            calibration,
-            settings,
-            device=device,
-            seed=seed,
-            progress=progress,
-            title=title,
-        )
-    with torch.no_grad():
-        after = mean_feature_loss(teacher, student, calibration, device=device)
-    return AdaptorFit(candidate.maps(), after, before)

@@ -10,20 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings, Recipe
 from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
-from fxprune.recovery.calibration import CalibrationSet
-from fxprune.recovery.mimic import (
-    FeatureReader,
-    adaptable_norms,
-    fit_features,
-    fixed_norms,
-    mean_feature_loss,
-    surviving_tap,
-    trainable_parameters,
-)
+from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
 
 __all__ = ["Recovered", "cut_and_fold", "recover"]
 

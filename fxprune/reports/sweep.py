@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fxprune.records import LatencyComparison
-from fxprune.recovery.selection import BlockScore
-from fxprune.reports.records import plain
-from fxprune.tables import render
+from fxprune.measurements import LatencyComparison
+from fxprune.reports.compression import plain
+from fxprune.reports.tables import render
+from fxprune.selection.plans import BlockScore
 
 __all__ = ["SweepPoint", "SweepReport"]
 

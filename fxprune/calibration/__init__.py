@@ -1,0 +1,1 @@
+"""What a loader means: a handful of unlabelled images."""

@@ -1,0 +1,144 @@
+"""Calibration images: the few unlabelled inputs that all later stages run on, drawn once, held on the CPU.
+
+How a batch is read is told in `fxprune.calibration.reading`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fxprune.calibration.batches import CalibrationSet, check_positive
+from fxprune.calibration.loading import RESIZE, iterate, narrow
+from fxprune.calibration.reading import check_batch, read_batch
+from fxprune.errors import CalibrationError
+from fxprune.graph.call import Inputs, is_batched
+
+__all__ = ["draw"]
+
+logger = logging.getLogger(__name__)
+
+STREAMED = 20
+"""`draw` looks at no more than `STREAMED * limit` images of a loader whose length it cannot use."""
+
+
+def draw(
+    loader: object,
+    *,
+    limit: int = 500,
+    seed: int = 0,
+    input_fn: Callable[[Any], Any] | None = None,
+    names: Sequence[str] = (),
+) -> CalibrationSet:
+    """Draw the calibration images from a loader, which is iterated once.
+
+    Where there are more than `limit` images, the first ones would often be of one class, so the draw is
+    random:
+
+    1. a `Dataset`, and a `DataLoader` over one that goes through it in order or shuffled: `limit` indices
+       are drawn first and no other image is loaded;
+    2. a tensor, and any other iterable of batches: reservoir sampling (Vitter's algorithm R), which keeps
+       `limit` images and one batch in memory, and stops after `STREAMED * limit` images.
+
+    Neither the draw nor its order depends on the batch size or on the global random state, unless the
+    loader's own transforms or sampler do.
+
+    Args:
+        loader: Batches; or all images as one tensor [N, C, H, W]; or a `Dataset`.
+        limit: Images to draw, or all if there are fewer.
+        seed: Fixes the draw.
+        input_fn: The user's reading of a batch; see `fxprune.calibration.reading`.
+        names: Names of the network's inputs, for batches that are mappings.
+
+    Raises:
+        OptionError: `limit` is below 1.
+        CalibrationError: The loader is not one, is empty or fails, or a batch cannot be used; the message
+            names it.
+    """
+    check_positive("limit", limit)
+    reservoir = _Reservoir(limit, seed)
+    for index, batch in iterate(narrow(loader, limit, seed)):
+        inputs = read_batch(batch, index, names=names, input_fn=input_fn)
+        check_batch(inputs, index)
+        reservoir.add(inputs, index)
+        if reservoir.seen >= STREAMED * limit:
+            logger.info("Stopped reading the loader after %d images.", reservoir.seen)
+            break
+    return reservoir.finish()
+
+
+class _Reservoir:
+    """Keeps a uniform sample of the images seen, whatever batches they come in."""
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self.seen = 0
+        self._limit = limit
+        self._random = random.Random(seed)
+        self._samples: list[list[Tensor]] = []
+        self._leaves: list[Any] = []
+        self._structure: pytree.TreeSpec | None = None
+
+    def add(self, inputs: Inputs, index: int) -> None:
+        leaves, structure = pytree.tree_flatten((inputs.args, inputs.kwargs))
+        if self._structure is None:
+            self._leaves, self._structure = leaves, structure
+        _check_alike(self._leaves, leaves, index, same_structure=structure == self._structure)
+        chosen: dict[int, int] = {}
+        for row in range(inputs.batch_size):
+            slot = self.seen if self.seen < self._limit else self._random.randrange(self.seen + 1)
+            if slot < self._limit:
+                chosen[slot] = row
+            self.seen += 1
+        tensors = inputs.tensors()
+        for slot, row in chosen.items():
+            # cloned: a view would keep its whole batch alive, and some loaders reuse their buffers
+            self._samples[slot : slot + 1] = [[tensor[row].detach().cpu().clone() for tensor in tensors]]
+
+    def finish(self) -> CalibrationSet:
+        if self._structure is None:
+            raise CalibrationError(
+                "The loader yields no batch: give at least one image (an iterator that was used before is "
+                "exhausted; give the loader itself)."
+            )
+        if self.seen > len(self._samples):
+            logger.info("Drew %d calibration images out of %d.", len(self._samples), self.seen)
+        columns = iter(range(len(self._samples[0])))
+        leaves = [self._stack(next(columns)) if is_batched(leaf) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        return CalibrationSet(Inputs(args, kwargs).to("cpu"))
+
+    def _stack(self, column: int) -> Tensor:
+        return torch.stack([sample[column] for sample in self._samples])
+
+
+_CONSTANT = "what has no batch dimension must be the same for all images; leave it out with input_fn=."
+
+
+def _check_alike(first: Sequence[Any], leaves: Sequence[Any], index: int, *, same_structure: bool) -> None:
+    pairs = list(zip(first, leaves, strict=False))
+    if not same_structure or any(is_batched(expected) != is_batched(leaf) for expected, leaf in pairs):
+        raise CalibrationError(
+            f"Batch {index} is built differently from batch 0: all batches must have the same parts and keys."
+        )
+    for expected, leaf in pairs:
+        if not is_batched(expected):
+            if repr(leaf) != repr(expected):
+                raise CalibrationError(
+                    f"Batch {index} holds {leaf!r} where batch 0 holds {expected!r}: {_CONSTANT}"
+                )
+            continue
+        if leaf.shape[1:] != expected.shape[1:]:
+            raise CalibrationError(
+                f"Images of mixed sizes: batch {index} holds {tuple(leaf.shape[1:])}, batch 0 "
+                f"{tuple(expected.shape[1:])}. {RESIZE}"
+            )
+        if leaf.dtype != expected.dtype:
+            raise CalibrationError(
+                f"Batch {index} holds {leaf.dtype}, batch 0 {expected.dtype}: convert all images to one type."
+            )

@@ -1,1 +1,0 @@
-"""Writing ONNX, proving it equal, and measuring it on the runtime that will serve it."""

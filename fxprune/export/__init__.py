@@ -1,0 +1,1 @@
+"""Networks as files: ONNX, exported programs, weights."""

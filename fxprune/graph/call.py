@@ -1,0 +1,145 @@
+"""One call of a network: its arguments, as people give them, as the graph takes them, and as a flat list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import GraphError
+
+__all__ = ["Inputs", "Positional", "bind", "flat_tensors", "is_batched", "positional"]
+
+
+def flat_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors of a batch, in the order that `Positional` takes them."""
+    return tuple(
+        leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, Tensor)
+    )
+
+
+class Positional(nn.Module):
+    """Calls a network with the tensors in their places.
+
+    Args:
+        network: The network.
+        inputs: A batch of the structure that the network takes.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self._leaves, self._spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        self.training = network.training
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The network's output."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is None else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return self.network(*args, **kwargs)
+
+
+def positional(network: nn.Module, inputs: Inputs) -> nn.Module:
+    """The network itself where it takes nothing but positional tensors, else a `Positional`."""
+    plain = not inputs.kwargs and all(isinstance(arg, Tensor) for arg in inputs.args)
+    return network if plain else Positional(network, inputs)
+
+
+def is_batched(leaf: object) -> bool:
+    """Whether a leaf is a tensor with a batch dimension."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One batch, as given to `model(*args, **kwargs)`.
+
+    Leaves are found through nested tuples, lists and dicts. Tensors have the batch in dimension 0; scalars
+    and whatever is no tensor belong to every image alike and pass through all methods.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return int(self.tensors()[0].shape[0])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that have a batch dimension, in argument order."""
+        return tuple(leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if is_batched(leaf))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """A copy with `function` applied to each of `tensors()`."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: function(leaf) if is_batched(leaf) else leaf, (self.args, self.kwargs)
+        )
+        return Inputs(args, kwargs)
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The batch on `device`; scalar tensors move too."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Inputs(args, kwargs)
+
+    def select(self, indices: Tensor) -> Inputs:
+        """The images at `indices` (int64, one-dimensional), in that order."""
+        return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+
+def _parts(spec: Any) -> Sequence[Any]:
+    """The children of a `TreeSpec`; before torch 2.10 they were an attribute."""
+    parts: Sequence[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return parts
+
+
+def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Orders call arguments as the graph's placeholders.
+
+    Args:
+        gm: The graph; its calling convention may flatten nested inputs.
+        args: Positional arguments of `gm(*args, **kwargs)`.
+        kwargs: Keyword arguments.
+
+    Returns:
+        One value for each placeholder that was given one.
+
+    Raises:
+        GraphError: An argument has no placeholder, or a placeholder without default got none.
+    """
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    if info is not None and info.in_spec.num_children == 2 and info.in_spec.type is tuple:
+        keywords = _parts(info.in_spec)[1].context or []
+        ordered = {name: kwargs[name] for name in keywords if name in kwargs}
+        return pytree.tree_leaves((tuple(args), ordered))
+    if info is not None:
+        return pytree.tree_leaves(tuple(args))
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = list(args)
+    for node in placeholders[len(values) :]:
+        name = str(node.target)
+        if name in kwargs:
+            values.append(kwargs[name])
+        elif node.args:
+            values.append(node.args[0])
+        elif not name.startswith("*"):
+            raise GraphError(f"input {name!r} of the network was not given", nodes=[node.name])
+    unknown = set(kwargs) - {str(node.target) for node in placeholders}
+    if len(args) > len(placeholders) or unknown:
+        names = [str(node.target) for node in placeholders]
+        raise GraphError(
+            f"the network takes {names}, but {len(args)} positional and {sorted(kwargs)} were given"
+        )
+    return values

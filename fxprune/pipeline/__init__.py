@@ -1,0 +1,1 @@
+"""One job from open to close, and the stages between."""

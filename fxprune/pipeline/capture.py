@@ -1,0 +1,248 @@
+"""Part of a model: the inputs that one submodule really gets, and where it is mimicked.
+
+A detector, or any model whose own forward has control flow, cannot be traced as a whole, but its backbone can:
+
+1. `capture_inputs` runs the model on the loader and keeps what reaches the submodule;
+2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`);
+3. `replacement.replace_submodule` puts it back into a copy of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
+from fxprune.calibration.loading import iterate, narrow
+from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
+from fxprune.graph.call import Inputs
+
+__all__ = ["capture_inputs", "device_of", "private_copy", "submodule_of"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 20
+"""Batches in a row that may leave the submodule uncalled before capturing gives up."""
+
+TENSOR_BATCH = 8
+"""Images given to the model at once where the loader is a single tensor."""
+
+_LIST_ADVICE = (
+    "pass input_fn=, a function from a batch to a tensor, a list of images, a tuple (arguments) or a dict "
+    "(keyword arguments)"
+)
+
+
+class _Reached(BaseException):
+    """Ends the model's forward at the submodule; no `Exception`, so that no model swallows it."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = Inputs(args, kwargs)
+
+
+def capture_inputs(
+    model: nn.Module,
+    path: str,
+    loader: object,
+    *,
+    limit: int = 500,
+    input_fn: Callable[[Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Runs a model on a loader and keeps what one of its submodules is called with.
+
+    The model runs as a private copy in evaluation mode, without gradients, and only as far as the submodule. When one
+    forward calls it several times (a head shared by feature levels, say), the first call is recorded. Every row of its
+    inputs is one image, so that a model that stacks two frames for its encoder, as RAFT does, yields two a pair.
+
+    A batch is given to the model like this, unless there is an `input_fn`:
+
+    1. a tensor: `model(tensor)`;
+    2. a tuple or list whose first part is a tensor or a list of tensors: `model(first)`; labels are ignored;
+    3. a mapping: `model(**mapping)`.
+
+    Args:
+        model: Any model; it is not changed.
+        path: The submodule, as in `model.get_submodule`.
+        loader: Batches; or all images as one tensor `[N, C, H, W]`; or a `Dataset`.
+        limit: Most images to keep. A dataset, and a data loader over one, is drawn from at random; of other loaders
+            the first are taken, as each costs a run of the model.
+        input_fn: Turns a batch into a tensor or a list (the one argument), a tuple (the arguments) or a mapping (the
+            keyword arguments).
+        device: Where to run; by default where the model is.
+        seed: Of the draw.
+
+    Returns:
+        The submodule's inputs, on the CPU.
+
+    Raises:
+        OptionError: There is no such submodule, or `limit` is below 1.
+        TraceError: The model cannot be copied.
+        GraphError: The submodule is never called.
+        CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
+            in shape from one image to the next; the message names both shapes.
+    """
+    submodule_of(model, path)
+    if limit < 1:
+        raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
+    place = device_of(model) if device is None else torch.device(device)
+    private = private_copy(model).to(place)
+    batches = _batches(loader, limit, seed)
+    try:
+        calls = _calls(private, path, batches, limit, place, input_fn)
+        return draw(calls, limit=limit, seed=seed, input_fn=_as_batch)
+    except CalibrationError as error:
+        raise CalibrationError(f"Capturing the inputs of submodule {path!r}: {error}") from error
+
+
+def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]:
+    if isinstance(loader, Tensor):
+        order = torch.randperm(len(loader), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:limit].sort().values.to(loader.device)
+        return enumerate(loader[rows] for rows in torch.split(chosen, TENSOR_BATCH))
+    return iterate(narrow(loader, limit, seed))
+
+
+def _calls(
+    model: nn.Module,
+    path: str,
+    batches: Iterator[tuple[int, Any]],
+    limit: int,
+    device: torch.device,
+    input_fn: Callable[[Any], Any] | None,
+) -> Iterator[Inputs]:
+    """The submodule's inputs, batch by batch, until there are `limit` images."""
+    submodule = model.get_submodule(path)
+    images, missed, index = 0, 0, -1
+    for index, batch in batches:
+        given = _model_inputs(batch, index, input_fn).to(device)
+        found = _run_until(model, submodule, given, index)
+        if found is None:
+            missed += 1
+            if missed >= PATIENCE:
+                break
+            continue
+        missed = 0
+        bound = _bind(submodule, found)
+        images += bound.batch_size if bound.tensors() else 1
+        yield bound
+        if images >= limit:
+            return
+    if not images and index >= 0:
+        raise GraphError(
+            f"submodule {path!r}, a {type(submodule).__name__}, is never called by the model's forward "
+            f"({missed} batches): it is unused in evaluation mode, only its children are called, or one of its other "
+            "methods; name a submodule that the model calls as model.part(x)"
+        )
+
+
+@torch.no_grad()
+def _run_until(model: nn.Module, submodule: nn.Module, given: Inputs, index: int) -> Inputs | None:
+    """What the submodule is first called with, None where it is not called."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    hook = submodule.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(*given.args, **given.kwargs)
+    except _Reached as reached:
+        return reached.inputs
+    except Exception as error:
+        raise CalibrationError(
+            f"the model failed on batch {index} before it reached the submodule: {type(error).__name__}: {error}. It "
+            f"was called as model({_describe(given)}); if that is not how it is to be called, {_LIST_ADVICE}."
+        ) from error
+    finally:
+        hook.remove()
+    return None
+
+
+def _model_inputs(batch: object, index: int, input_fn: Callable[[Any], Any] | None) -> Inputs:
+    """A batch as the whole model is given it, by the rules of `capture_inputs`."""
+    value = batch
+    if input_fn is not None:
+        try:
+            value = input_fn(batch)
+        except Exception as error:
+            raise CalibrationError(
+                f"input_fn failed on batch {index}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(value, tuple):
+            return Inputs(value)
+        if isinstance(value, list):
+            return Inputs((value,))
+    elif isinstance(value, (tuple, list)) and value:
+        value = list(value[0]) if isinstance(value[0], tuple) else value[0]
+    if isinstance(value, Tensor) or _is_list_of_tensors(value):
+        return Inputs((value,))
+    if isinstance(value, Mapping):
+        return Inputs((), {str(key): item for key, item in value.items()})
+    origin = "input_fn returned" if input_fn is not None else "the batch is"
+    raise CalibrationError(f"batch {index}: {origin} a {type(value).__name__}: {_LIST_ADVICE}.")
+
+
+def _is_list_of_tensors(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+
+
+def _describe(inputs: Inputs) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"<tensor {list(value.shape)}>"
+        return f"<{type(value).__name__} of {len(value)}>" if isinstance(value, (list, dict)) else repr(value)
+
+    keywords = [f"{name}={shown(value)}" for name, value in inputs.kwargs.items()]
+    return ", ".join([*map(shown, inputs.args), *keywords])
+
+
+def _bind(submodule: nn.Module, found: Inputs) -> Inputs:
+    """The same call in one canonical form: all positional where that is possible, else all by name."""
+    if not found.kwargs:
+        return found
+    bound = inspect.signature(submodule.forward).bind(*found.args, **found.kwargs)
+    return Inputs(bound.args) if not bound.kwargs else Inputs((), dict(bound.arguments))
+
+
+def _as_batch(inputs: Inputs) -> tuple[Any, ...] | dict[str, Any]:
+    return inputs.kwargs or inputs.args
+
+
+def submodule_of(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path; an `OptionError` names the nearest where there is none."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if path in names:
+        return model.get_submodule(path)
+    if not path:
+        raise OptionError("submodule is empty: name a part, or leave it out to compress the whole model")
+    near = difflib.get_close_matches(path, names, n=5, cutoff=0.4)
+    hint = f"nearest are {near}" if near else f"at the top there are {[n for n, _ in model.named_children()]}"
+    raise OptionError(f"{type(model).__name__} has no submodule {path!r}; {hint}")
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode; a `TraceError` where the model has none."""
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
+        ) from error
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """The device of the first tensor that one of the modules holds."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")

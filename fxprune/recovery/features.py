@@ -1,0 +1,78 @@
+"""Features at the tap, and how far two networks' lie apart (PRACTISE, eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.graph.call import Inputs, bind
+from fxprune.graph.extract import between
+from fxprune.graph.regions import Region
+from fxprune.passes import FoldBatchNorm
+
+__all__ = ["FeatureReader", "feature_loss", "mean_feature_loss", "surviving_tap"]
+
+
+def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
+    """The nodes that hold the tap's values once some regions are dropped."""
+    bypass = {region.exit: region.bypass for region in regions}
+
+    def follow(name: str) -> str:
+        while name in bypass:
+            name = bypass[name]
+        return name
+
+    return tuple(follow(name) for name in tap)
+
+
+class FeatureReader:
+    """Runs a network up to its tap.
+
+    Args:
+        gm: The network; the reader shares its modules.
+        tap: Nodes whose values are the features.
+        fold: Whether the reader has its batch norms folded, which spares a network that only answers a fifth of its
+            time; the network itself stays as it is.
+    """
+
+    def __init__(self, gm: fx.GraphModule, tap: Sequence[str], *, fold: bool = False) -> None:
+        self._gm = gm
+        self._placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        self.part = between(gm, self._placeholders, list(tap))
+        if fold:
+            FoldBatchNorm()(self.part)
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Features of a batch, one tensor for each node of the tap."""
+        values = bind(self._gm, inputs.args, inputs.kwargs)
+        features: tuple[Tensor, ...] = self.part(*values)
+        return features
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error over all elements of all features, in float32 or wider."""
+    errors = [nn.functional.mse_loss(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(errors).sum() / sum(t.numel() for t in teacher)
+
+
+@torch.no_grad()
+def mean_feature_loss(
+    teacher: FeatureReader,
+    student: FeatureReader,
+    calibration: CalibrationSet,
+    *,
+    device: str,
+    batch_size: int = 64,
+) -> float:
+    """`feature_loss` over all calibration images, without augmentation."""
+    total, elements = 0.0, 0
+    for batch in calibration.batches(batch_size):
+        inputs = batch.to(device)
+        wanted = teacher(inputs)
+        count = sum(t.numel() for t in wanted)
+        total += float(feature_loss(student(inputs), wanted)) * count
+        elements += count
+    return total / elements

@@ -1,0 +1,193 @@
+"""Feature mimicking: a student learns the teacher's features at the tap (MiR, eq. 5; PRACTISE, eq. 1 and 4)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from fxprune.calibration.augment import augmentation
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.errors import CalibrationError
+from fxprune.graph.operators import op_name
+from fxprune.options import FitSettings
+from fxprune.processes.group import average_gradients, is_main, share_buffers, share_of, total
+from fxprune.recovery.features import FeatureReader, feature_loss
+from fxprune.recovery.optimizers import RelativeAdam, WidthAdam
+
+__all__ = [
+    "adaptable_norms",
+    "fit_features",
+    "fixed_norms",
+    "optimise",
+    "trainable_parameters",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def trainable_parameters(part: fx.GraphModule) -> list[nn.Parameter]:
+    """Parameters that a part computes with once; those with several call sites stay as they are."""
+    calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
+    uses: Counter[int] = Counter()
+    found: dict[int, nn.Parameter] = {}
+    for target, count in calls.items():
+        for parameter in part.get_submodule(target).parameters():
+            uses[id(parameter)] += count
+            found[id(parameter)] = parameter
+    for node in part.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(part.get_submodule(owner), name, None)
+        if isinstance(value, nn.Parameter):
+            uses[id(value)] += len(node.users)
+            found[id(value)] = value
+    return [p for key, p in found.items() if uses[key] == 1 and p.is_floating_point()]
+
+
+def adaptable_norms(part: fx.GraphModule) -> list[_BatchNorm]:
+    """Batch norms that can normalise by the batch: those with running statistics that are called once."""
+    calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
+    return [
+        module
+        for name, module in part.named_modules()
+        if isinstance(module, _BatchNorm) and calls[name] == 1 and module.track_running_stats
+    ]
+
+
+def fixed_norms(part: fx.GraphModule) -> list[str]:
+    """Nodes of batch norms that keep their running statistics whatever the mode: those of exported graphs."""
+    functions = part.graph.nodes
+    return [n.name for n in functions if n.op == "call_function" and op_name(part, n) == "batch_norm"]
+
+
+@contextmanager
+def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
+    """Lets batch norms normalise by the batch, while the fit lasts."""
+    norms = adaptable_norms(part)
+    try:
+        for norm in norms:
+            norm.train(mode == "train")
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "relative-adam":
+        return RelativeAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.optimizer == "width-adam":
+        return WidthAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def optimise(
+    parameters: Sequence[nn.Parameter],
+    losses: Iterable[Tensor],
+    settings: FitSettings,
+    *,
+    where: str,
+    shared: bool = False,
+) -> None:
+    """Steps through an iterable of losses, each computed lazily with the parameters of that moment.
+
+    Args:
+        parameters: What to train.
+        losses: Of one batch each.
+        settings: Optimiser, rate and schedule.
+        where: What is trained, for errors.
+        shared: Whether each process has its weighted part of every loss, to be added up over all ranks.
+
+    Raises:
+        CalibrationError: The loss became infinite or NaN.
+    """
+    optimizer = _optimizer(parameters, settings)
+    for iteration, loss in enumerate(losses):
+        whole = total(loss) if shared else loss
+        if not bool(torch.isfinite(whole)):
+            raise CalibrationError(
+                f"the mimicking loss of {where} is {whole.item()} at iteration {iteration}; the images or the "
+                f"weights are out of range, or a learning rate of {settings.learning_rate} is too high"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(iteration)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if shared:
+            average_gradients(parameters)
+        optimizer.step()
+
+
+def fit_features(
+    teacher: FeatureReader,
+    student: FeatureReader,
+    parameters: Sequence[nn.Parameter],
+    calibration: CalibrationSet,
+    settings: FitSettings,
+    *,
+    device: str,
+    seed: int,
+    progress: bool = False,
+    title: str = "mimicking",
+    shared: bool = False,
+) -> None:
+    """Trains some of the student's parameters until its features are the teacher's.
+
+    The teacher is frozen and in evaluation mode. What lies behind the tap, the classifier, is not run at all.
+
+    Args:
+        teacher: Reader of the original network.
+        student: Reader of the network to train.
+        parameters: What to train; everything else stays.
+        calibration: The images.
+        settings: Optimiser, iterations, augmentation, mode of the batch norms.
+        device: Where both networks are.
+        seed: Of order and augmentation.
+        progress: Whether to draw a progress bar.
+        title: Of the bar, and in errors.
+        shared: Whether all ranks train this one network together (see `fxprune.processes.group`): each takes its
+            part of every batch, and all end with the same parameters. With `batch_norm="eval"` the steps are those of
+            a single process; with `"train"` each rank normalises by its own part, and running statistics are averaged
+            at the end.
+
+    Raises:
+        CalibrationError: The loss became infinite or NaN.
+        DistributedError: Another rank ended.
+    """
+    augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
+    size = settings.images_per_step(calibration.pixels)
+    batches = calibration.stream(size, settings.iterations, seed, augment)
+    bar = tqdm(
+        batches, total=settings.iterations, desc=title, disable=not (progress and is_main()), leave=False
+    )
+
+    def losses() -> Iterator[Tensor]:
+        for batch in bar:
+            part, weight = share_of(batch) if shared else (batch, 1.0)
+            inputs = part.to(device)
+            with torch.no_grad():
+                wanted = teacher(inputs)
+            loss = feature_loss(student(inputs), wanted)
+            yield loss * weight if shared else loss
+
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with _batch_norm_mode(student.part, settings.batch_norm), torch.enable_grad():
+            optimise(parameters, losses(), settings, where=title, shared=shared)
+        if shared and settings.batch_norm == "train":
+            share_buffers(student.part)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None

@@ -1,0 +1,154 @@
+"""The report of one compression: everything that was decided, measured and refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from fxprune.graph.regions import Rejection
+from fxprune.measurements import LatencyComparison, NotMeasured
+from fxprune.reports.tables import render
+from fxprune.selection.plans import DropPlan
+
+__all__ = ["CompressionReport", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionReport:
+    """What `fxprune.compress` did.
+
+    Attributes:
+        plan: Scores of all regions, and the chosen ones.
+        latency: The compressed network against the original, or why it could not be timed.
+        rejections: Candidates that cannot be dropped, with reasons.
+        recovery_loss_before: Mean squared error at the tap after the cut, before mimicking.
+        recovery_loss_after: The same after mimicking.
+        fold_error: Largest difference at the tap between adaptors in place and folded, relative to the largest feature;
+            None where no adaptor was fitted for the final network.
+        parameters: Parameters before and after.
+        images: Calibration images used.
+        agreement: Top-1 agreement with the original on the calibration images, None without class scores.
+        held_back_agreement: The same on the images kept apart for `min_agreement`.
+        peak_memory_bytes: Most memory the process (on CUDA: the allocator) has held.
+        settings: What was asked for.
+        seed: Of every random draw.
+        durations: Seconds that each stage took.
+        versions: Of the software and the machine.
+        notes: What the user should know.
+    """
+
+    plan: DropPlan
+    latency: LatencyComparison | NotMeasured
+    rejections: tuple[Rejection, ...]
+    recovery_loss_before: float
+    recovery_loss_after: float
+    fold_error: float | None
+    parameters: tuple[int, int]
+    images: int
+    agreement: float | None
+    held_back_agreement: float | None
+    peak_memory_bytes: int | None
+    settings: Mapping[str, Any]
+    seed: int
+    durations: Mapping[str, float]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def before(self) -> Any:
+        """Latency of the original."""
+        return self.latency.before if isinstance(self.latency, LatencyComparison) else self.latency
+
+    @property
+    def after(self) -> Any:
+        """Latency of the compressed network."""
+        return self.latency.after if isinstance(self.latency, LatencyComparison) else self.latency
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to `report.json`."""
+        data: dict[str, Any] = plain(asdict(self))
+        data["plan"]["chosen"] = list(self.plan.chosen)
+        for row, score in zip(data["plan"]["scores"], self.plan.scores, strict=True):
+            row["score"] = score.score if math.isfinite(score.score) else None
+            row["saved_s"] = score.latency.saved_s
+        if isinstance(self.latency, LatencyComparison):
+            data["latency"]["saved_s"] = self.latency.saved_s
+        return data
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        rows = []
+        for score in self.plan.scores:
+            saving = score.latency
+            rows.append(
+                [
+                    "cut" if score.region.label in self.plan.chosen else "",
+                    score.region.label,
+                    score.region.kind.value,
+                    f"{score.recovery_loss:.4g}",
+                    f"{1e3 * saving.saved_s:.3f}",
+                    f"{100 * saving.saving:.1f} %" if saving.distinguishable else "lost in noise",
+                    f"{score.score:.4g}" if math.isfinite(score.score) else "-",
+                ]
+            )
+        headers = ["", "region", "kind", "recovery loss", "saves ms", "saves", "score"]
+        lines = [render(headers, rows), "", self._latency_line()]
+        before, after = self.parameters
+        lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
+        lines.append(
+            f"feature error {self.recovery_loss_before:.4g} after the cut, {self.recovery_loss_after:.4g} at the end"
+        )
+        if self.fold_error is not None:
+            lines.append(
+                f"folding the adaptors changed the features by {self.fold_error:.1e} of their largest value"
+            )
+        if self.agreement is not None:
+            lines.append(
+                f"same top-1 class as the original on {100 * self.agreement:.1f} % of {self.images} calibration images"
+            )
+        if self.peak_memory_bytes is not None:
+            lines.append(f"peak memory {self.peak_memory_bytes / 2**20:.0f} MiB")
+        lines.append(f"refused candidates: {len(self.rejections)}")
+        lines.append(
+            "took " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.durations.items())
+        )
+        lines.extend(f"note: {note}" for note in self.notes)
+        return lines
+
+    def _latency_line(self) -> str:
+        if isinstance(self.latency, NotMeasured):
+            return f"latency on {self.latency.backend}: not measured: {self.latency.reason}"
+        before, after = self.latency.before, self.latency.after
+        interval = self.latency.interval
+        return (
+            f"latency {1e3 * before.median_s:.3f} -> {1e3 * after.median_s:.3f} ms, "
+            f"ratio {self.latency.ratio:.3f} "
+            f"[{interval.low:.3f}, {interval.high:.3f}] ({before.backend}, {before.device}, "
+            f"batch {before.batch_shape[0]}, "
+            f"{before.threads} threads, {before.runs} pairs)"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Records as JSON takes them: enums by value or name, sets as lists, what is not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, Enum):
+        return (
+            value.value if not hasattr(value, "name") or value.__class__.__name__ != "Reason" else value.name
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""What dropping a set of regions costs."""

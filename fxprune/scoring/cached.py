@@ -1,0 +1,212 @@
+"""The fast scorer: least squares first, then a short fit behind cached activations.
+
+What lies before the first adaptor is the same in the original and in every candidate. So the original runs once over
+the calibration images; a candidate begins at its *frontier*, the unchanged values that its changed part reads. Its PRE
+adaptors start from a closed-form solution, and a short fit of all its adaptors follows: in its first half it compares
+at the *waist*, the first value behind all changes that everything goes through, and only then at the tap. That half
+costs less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
+
+A set of regions whose parts were fitted before begins where those ended: at the sum of what their adaptors change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.errors import GraphError
+from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.dominance import flow_nodes
+from fxprune.graph.operators import shape_of
+from fxprune.graph.regions import Region
+from fxprune.options import FitSettings
+from fxprune.processes.threads import using_threads
+from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
+from fxprune.recovery.features import feature_loss
+from fxprune.recovery.least_squares import start_pre_adaptors
+from fxprune.recovery.training import optimise
+from fxprune.scoring.activations import Activations, bytes_per_image, example_batch, rows_per_image
+from fxprune.scoring.changed_part import ChangedPart
+
+__all__ = ["CachedScorer"]
+
+
+class CachedScorer:
+    """Fits the adaptors of many candidates of one network, from one thread or several.
+
+    Args:
+        gm: The original, frozen, with shapes, on `device`.
+        tap: Where features are compared.
+        calibration: The images.
+        settings: Of the gradient fit; augmentation does not apply to cached activations.
+        device: Where to run.
+        seed: Of the order of batches.
+        cache_bytes: Budget of the cached activations; fits side by side may take a quarter of it more.
+        start_images: Images for the least squares, at most.
+        loss_images: Images that the losses are taken over, at most.
+        at_waist: Share of a fit's steps that compare at the waist.
+
+    Attributes:
+        workers: Fits at once, at least one; on a GPU, which takes one operator after the other, no more.
+        peak_bytes: The most that the cache held.
+    """
+
+    continues = True
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        tap: Sequence[str],
+        calibration: CalibrationSet,
+        settings: FitSettings,
+        *,
+        device: str,
+        seed: int,
+        cache_bytes: int = 2 * 2**30,
+        start_images: int = 64,
+        loss_images: int = 128,
+        at_waist: float = 0.5,
+    ) -> None:
+        self._gm = gm
+        self._tap = tuple(tap)
+        flow, batch = flow_nodes(gm), example_batch(gm)
+        loose = [name for name in self._tap if rows_per_image(flow[name], batch) == 0]
+        if loose:
+            raise GraphError(
+                f"dimension 0 of the tap {', '.join(loose)} does not grow with the batch, so it cannot be cached; name "
+                "another tap, or use a recipe with scorer='end-to-end'",
+                nodes=loose,
+            )
+        self._calibration = calibration
+        self._settings = settings
+        self._device = device
+        self._seed = seed
+        self._cache_bytes = cache_bytes
+        self._start_images = start_images
+        self._loss_images = loss_images
+        self._at_waist = at_waist
+        self._index = OperatorIndex(gm)
+        self._cache: Activations | None = None
+        self._held: frozenset[str] = frozenset()
+        self._waists: frozenset[str] = frozenset()
+        self._threads = torch.get_num_threads()
+        # torch.fx numbers what it compiles by a global counter, and there is one cache
+        self._building = threading.Lock()
+        self.workers = max(1, cache_bytes // 4 // self._bytes_per_fit()) if device.startswith("cpu") else 1
+        self.peak_bytes = 0
+
+    @torch.no_grad()
+    def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
+        """Fits the adaptors for dropping a set of regions, and measures the recovery loss.
+
+        From fits of parts of the set, half of the iterations do.
+        """
+        work, cache = self._work(regions)
+        before = self._mean_loss(work, cache)
+        self._adapt(work, cache, start, share=0.5 if start else 1.0)
+        return AdaptorFit(work.candidate.maps(), self._mean_loss(work, cache), before)
+
+    @torch.no_grad()
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
+        """Recovery loss after a quarter of the iterations: cheaper, and nearly as good in its order."""
+        work, cache = self._work(regions)
+        self._adapt(work, cache, start, share=0.25)
+        return self._mean_loss(work, cache)
+
+    def release(self) -> None:
+        """Frees the cached activations."""
+        self._cache = None
+
+    def _part(self, regions: Sequence[Region]) -> ChangedPart:
+        return ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index, self._waists)
+
+    def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
+        with self._building:
+            work = self._part(regions)
+            return work, self._activations((*work.values, *self._tap))
+
+    def _bytes_per_fit(self) -> int:
+        """Every value of the network for a batch: what a backward pass reads, and then some."""
+        values = [name for name, node in flow_nodes(self._gm).items() if shape_of(node)]
+        return max(1, bytes_per_image(self._gm, values) * self._settings.batch_size)
+
+    def _mean_loss(self, work: ChangedPart, cache: Activations) -> float:
+        return work.loss(cache, self._tap, min(self._loss_images, cache.images))
+
+    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
+        """Runs the original once for everything that some candidates will need.
+
+        The first sets announced, the single regions, also settle where later ones have their waists: another would not
+        be in the cache.
+        """
+        names: dict[str, None] = dict.fromkeys(self._tap)
+        waists: set[str] = set()
+        for regions in sets:
+            part = self._part(regions)  # one at a time: each has folded weights of its own
+            names.update(dict.fromkeys(part.values))
+            waists.update(() if part.waist is None else (part.waist,))
+        self._waists = self._waists or frozenset(waists)
+        self._activations(tuple(names))
+
+    def _activations(self, names: Sequence[str]) -> Activations:
+        if self._cache is None or not self._held.issuperset(names):
+            self._cache = None  # free the old one before the new one grows
+            # on all threads, whichever of them asks first: rounding depends on their number
+            with using_threads(self._threads):
+                self._cache = Activations(
+                    self._gm,
+                    list(dict.fromkeys(names)),
+                    self._calibration,
+                    device=self._device,
+                    budget=self._cache_bytes,
+                )
+            self._held = frozenset(names)
+            self.peak_bytes = max(self.peak_bytes, self._cache.bytes)
+        return self._cache
+
+    def _adapt(
+        self, work: ChangedPart, cache: Activations, start: Sequence[AdaptorFit], *, share: float
+    ) -> None:
+        if start:
+            work.candidate.begin_at(start)
+        else:
+            self._solve(work, cache)
+        self._descend(work, cache, replace(self._settings, iterations=int(share * self._settings.iterations)))
+
+    def _solve(self, work: ChangedPart, cache: Activations) -> None:
+        count = min(self._start_images, cache.images)
+        inputs = [cache.first(name, count) for name in work.frontier]
+        targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
+        start_pre_adaptors(work.above, inputs, targets)
+
+    def _descend(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
+        parameters = adaptor_weights(work.part)
+        if not parameters or not settings.iterations:
+            return
+        generator = torch.Generator().manual_seed(self._seed)
+
+        def losses() -> Iterator[Tensor]:
+            batch = min(settings.batch_size, cache.images)
+            order = torch.empty(0, dtype=torch.long)
+            for iteration in range(settings.iterations):
+                if len(order) < batch:
+                    order = torch.randperm(cache.images, generator=generator)
+                chosen, order = order[:batch].to(self._device), order[batch:]
+                part, ends = work.part, self._tap
+                if work.waist is not None and iteration < self._at_waist * settings.iterations:
+                    part, ends = work.above, (work.waist,)
+                features = part(*(cache.select(name, chosen) for name in work.frontier))
+                yield feature_loss(features, [cache.select(name, chosen) for name in ends])
+
+        title = ", ".join(region.label for region in work.candidate.regions)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            optimise(parameters, losses(), settings, where=title)
+        for parameter in parameters:
+            parameter.requires_grad_(False)

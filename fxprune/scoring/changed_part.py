@@ -1,0 +1,138 @@
+"""A candidate cut down to what its adaptors change: from its frontier over its waist to the tap."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import fx
+
+from fxprune.graph.dense import OperatorIndex
+from fxprune.graph.dominance import Dominance, flow_nodes
+from fxprune.graph.extract import between, descendants
+from fxprune.graph.regions import Side
+from fxprune.passes import FoldBatchNorm
+from fxprune.recovery.adaptors import Candidate
+from fxprune.recovery.features import feature_loss
+from fxprune.scoring.activations import Activations, bytes_of, example_batch, rows_per_image
+
+__all__ = ["ChangedPart"]
+
+
+class ChangedPart:
+    """A candidate cut down to what its adaptors change.
+
+    Args:
+        gm: The original, with shapes.
+        candidate: Of it.
+        index: Of its operators.
+        waists: Where the waist may be; without, see there.
+
+    Attributes:
+        frontier: Values that the changed part reads and that can be cached: the same in the original, computed from
+            its inputs, one entry of dimension 0 for each image. Sizes and constants are computed anew.
+        part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
+            feature maps at every step.
+        waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
+            tap, and that is among `waists` or no larger than the frontier's, if that is not the tap itself.
+        above: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
+        targets: Name of the node that each PRE operator read in the original, by operator.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        candidate: Candidate,
+        index: OperatorIndex,
+        waists: Collection[str] = (),
+    ) -> None:
+        self.candidate = candidate
+        flow, batch = flow_nodes(gm), example_batch(gm)
+        cacheable = {name for name, node in flow.items() if rows_per_image(node, batch) == 1}
+        nodes = {node.name: node for node in candidate.graph.graph.nodes}
+        sources = [*candidate.adaptor_nodes(), *_below_cut(candidate)]
+        changed = descendants(candidate.graph, sources)
+        self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
+        self.part = between(candidate.graph, self.frontier, list(candidate.tap))
+        if not waists:
+            largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
+            waists = {name for name in cacheable if bytes_of(flow[name]) <= largest}
+        self.waist = _waist(self.part, candidate, sources, waists)
+        self.above = self.part
+        if self.waist is not None:
+            self.above = between(candidate.graph, self.frontier, [self.waist])
+            FoldBatchNorm()(self.above)
+        FoldBatchNorm()(self.part)
+        gone = {n for r in candidate.regions for n in r.body if n not in nodes} - {
+            r.exit for r in candidate.regions
+        }
+        reads = {s.operator: index[s.operator].data[0] for s in candidate.adaptors if s.side is Side.PRE}
+        self.targets: Mapping[str, str] = {
+            operator: name
+            for operator, name in reads.items()
+            if name not in gone and name in flow and rows_per_image(flow[name], batch)
+        }
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the original's values that fitting needs, those at the tap apart."""
+        waist = () if self.waist is None else (self.waist,)
+        return (*self.frontier, *self.targets.values(), *waist)
+
+    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 16) -> float:
+        """Mean squared error at the tap over the first cached images, few at a time: others may be at work beside."""
+        total = 0.0
+        for start in range(0, images, batch_size):
+            stop = min(start + batch_size, images)
+            features = self.part(*(cache.first(name, stop, start) for name in self.frontier))
+            total += float(feature_loss(features, [cache.first(name, stop, start) for name in tap])) * (
+                stop - start
+            )
+        return total / images
+
+
+def _frontier(
+    nodes: Mapping[str, fx.Node], tap: Sequence[str], changed: set[str], cacheable: set[str]
+) -> list[str]:
+    """The first unchanged, cacheable values on every way back from the tap, in graph order."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    stack = list(tap)
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name not in changed and name in cacheable:
+            found.add(name)
+        else:
+            stack.extend(source.name for source in nodes[name].all_input_nodes)
+    return [name for name in nodes if name in found]
+
+
+def _waist(
+    part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], allowed: Collection[str]
+) -> str | None:
+    """See `ChangedPart.waist`; where a cut reaches the tap there is none."""
+    if any(region.bypass in candidate.tap for region in candidate.regions):
+        return None
+    flow = flow_nodes(part)
+    dominance = Dominance(flow)
+    changes = [name for name in sources if name in flow]
+    for name in flow:
+        if name in candidate.tap:
+            return None
+        if name in allowed and all(dominance.post_dominates(name, change) for change in changes):
+            return name
+    return None
+
+
+def _below_cut(candidate: Candidate) -> list[str]:
+    """Users of the bypasses that read another value than in the original, now that the regions are gone."""
+    names = {node.name: node for node in candidate.graph.graph.nodes}
+    return [
+        user.name
+        for region in candidate.regions
+        if region.bypass in names
+        for user in names[region.bypass].users
+        if user.op != "output"
+    ]

@@ -1,0 +1,138 @@
+"""What scores depend on, as a fingerprint that tells which part of it changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.errors import OptionError
+
+__all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "json_form"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What scores depend on; two runs with equal fingerprints may share them.
+
+    Attributes:
+        graph: SHA-256 over the nodes, their targets and the settings of their modules.
+        weights: SHA-256 over parameters and buffers.
+        images: `CalibrationSet.fingerprint`.
+        settings: The settings as canonical JSON.
+        versions: Versions of fxprune and torch, as canonical JSON.
+    """
+
+    graph: str
+    weights: str
+    images: str
+    settings: str
+    versions: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over all parts."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+    def changes(self, old: Mapping[str, Any]) -> list[str]:
+        """Names of the parts in which an older fingerprint (as `asdict` gives it) differs, with what is known."""
+        found = []
+        for name, new in asdict(self).items():
+            if old.get(name) == new:
+                continue
+            if name in ("settings", "versions"):
+                found.append(f"{name} ({_difference(str(old.get(name)), new)})")
+            else:
+                found.append(name)
+        return found
+
+
+def _difference(old: str, new: str) -> str:
+    try:
+        before, after = json.loads(old), json.loads(new)
+        names = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
+        return ", ".join(f"{n}: {before.get(n)!r}, now {after.get(n)!r}" for n in names)
+    except (ValueError, TypeError, AttributeError):
+        return "unreadable before"
+
+
+def fingerprint_of(
+    gm: fx.GraphModule, calibration: CalibrationSet, settings: Mapping[str, Any]
+) -> Fingerprint:
+    """The fingerprint of one run's scores.
+
+    Args:
+        gm: The original network.
+        calibration: The images.
+        settings: Whatever else scores depend on (recipe, criterion, seed, tap, backend, ...): JSON values, enums,
+            dataclasses. How many regions to drop is no part of it: other goals reuse the same scores.
+
+    Raises:
+        OptionError: A setting has no JSON form.
+    """
+    try:
+        plain = json.dumps(dict(settings), default=json_form, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"the settings cannot be part of a fingerprint: {error}") from error
+    package = import_module("fxprune")  # at run time: the package itself lies above this layer
+    versions = {"fxprune": package.__version__, "torch": torch.__version__}
+    return Fingerprint(
+        _hash_graph(gm), _hash_weights(gm), calibration.fingerprint(), plain, json.dumps(versions)
+    )
+
+
+def json_form(value: object) -> Any:
+    """What `json.dumps` should write for the types that settings are made of; for its argument `default`.
+
+    Raises:
+        TypeError: There is no JSON form.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (os.PathLike, torch.device, torch.dtype)):
+        return str(value)
+    raise TypeError(f"{value!r} has no JSON form")
+
+
+def _hash_graph(gm: fx.GraphModule) -> str:
+    lines = [gm.code]
+    for node in gm.graph.nodes:
+        target = node.target
+        if callable(target):
+            target = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+        lines.append(f"{node.name} {node.op} {target} {node.args} {node.kwargs}")
+        if node.op == "call_module":
+            lines += [_settings_of(m) for m in gm.get_submodule(str(node.target)).modules()]
+    # the address that a default repr() holds differs from run to run
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", "\n".join(lines)).encode()).hexdigest()
+
+
+def _settings_of(module: nn.Module) -> str:
+    """Type, repr and plain attributes: strides and the like, which appear neither in the code nor in the weights."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+    return f"{type(module).__module__}.{type(module).__qualname__} {module!r} {sorted(plain.items())}"
+
+
+def _hash_weights(gm: fx.GraphModule) -> str:
+    digest = hashlib.sha256()
+    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The raw bytes of a tensor on any device, as a buffer that can be hashed."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

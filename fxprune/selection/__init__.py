@@ -1,0 +1,1 @@
+"""Which regions to drop: plans, and how they grow."""

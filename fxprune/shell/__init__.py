@@ -1,0 +1,1 @@
+"""The commands: what people type, what they are shown."""

@@ -1,0 +1,307 @@
+"""The embedded demonstration: real handwritten digits, a network trained on the spot, all of it measured.
+
+scikit-learn ships 1,797 scans of handwritten digits (8x8 grey levels; Alpaydin and Kaynak 1998), so nothing
+is downloaded. A small residual network learns them, is compressed with 100 images whose labels are not looked
+at, and is compared with what it came from on digits that neither training nor compression has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+from tqdm import tqdm
+
+import fxprune
+from fxprune.errors import SourceError
+from fxprune.export import artifact
+from fxprune.measurements import LatencyComparison
+from fxprune.options import Backend, Recipe
+from fxprune.reports.tables import render
+
+__all__ = ["Digits", "DigitsNet", "load_digits", "run", "train"]
+
+SIZE = 16
+WIDTHS = (16, 32, 64)
+BLOCKS = 3
+EPOCHS = 10
+BATCH = 64
+HELD_OUT = 500
+CALIBRATION = 100
+DROPS = 3
+BACKENDS: tuple[Backend, ...] = ("torch", "onnxruntime-cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Two sets of digits with nothing in common: images `[N, 1, 16, 16]` in [-1, 1], labels `[N]`."""
+
+    images: Tensor
+    labels: Tensor
+    held_out_images: Tensor
+    held_out_labels: Tensor
+
+
+class _Block(nn.Module):
+    """A basic block, with a 1x1 projection beside it where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.projection: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.projection = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return functional.relu(out + self.projection(x))
+
+
+class DigitsNet(nn.Module):
+    """A residual network of three stages of three basic blocks, for grey images `[N, 1, 16, 16]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, WIDTHS[0], 3, padding=1, bias=False), nn.BatchNorm2d(WIDTHS[0])
+        )
+        self.stage1 = _stage(WIDTHS[0], WIDTHS[0], stride=1)
+        self.stage2 = _stage(WIDTHS[0], WIDTHS[1], stride=2)
+        self.stage3 = _stage(WIDTHS[1], WIDTHS[2], stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(WIDTHS[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images `[N, 1, 16, 16]` to logits `[N, 10]`."""
+        x = functional.relu(self.stem(x))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.classifier(self.pool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    rest = (_Block(outputs, outputs, 1) for _ in range(BLOCKS - 1))
+    return nn.Sequential(_Block(inputs, outputs, stride), *rest)
+
+
+def load_digits(seed: int) -> Digits:
+    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back.
+
+    Args:
+        seed: Of the split.
+
+    Raises:
+        SourceError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise SourceError(
+            "the demo needs scikit-learn, which brings the handwritten digits and is not installed: "
+            'pip install "fxprune[demo]"'
+        ) from error
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8.0 - 1.0
+    images = functional.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held_out, seen = order[:HELD_OUT], order[HELD_OUT:]
+    targets = torch.as_tensor(labels, dtype=torch.long)
+    return Digits(images[seen], targets[seen], images[held_out], targets[held_out])
+
+
+def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = True) -> DigitsNet:
+    """Train the network from nothing, by SGD with one cycle of the learning rate.
+
+    Args:
+        digits: The first set is learnt; the held-out one is not looked at.
+        seed: Of the weights and of the order of the images.
+        epochs: Passes over the training images.
+        progress: Whether a bar shows.
+
+    Returns:
+        The network in evaluation mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitsNet().train()
+        batches = len(digits.images) // BATCH
+        optimiser = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.1, total_steps=epochs * batches)
+        with tqdm(total=epochs * batches, desc="train", unit="step", disable=not progress) as bar:
+            for _ in range(epochs):
+                # The last batch, an incomplete one, may be too small for batch norm: it is left out.
+                for index in torch.randperm(len(digits.images))[: batches * BATCH].view(batches, BATCH):
+                    loss = functional.cross_entropy(model(digits.images[index]), digits.labels[index])
+                    optimiser.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                    optimiser.step()
+                    schedule.step()
+                    bar.update()
+    return model.eval()
+
+
+def run(
+    out: Path,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: bool = True,
+    epochs: int = EPOCHS,
+    recipe: str | Recipe = "fast",
+) -> dict[str, Any]:
+    """Train, compress, export, verify and measure; write everything into `out`.
+
+    Args:
+        out: Folder for `original.onnx`, `model.onnx`, `model.safetensors`, `model.pt2` and `report.json`.
+        seed: Of the split, the training and the compression.
+        threads: Torch's threads meanwhile; None leaves them as they are.
+        progress: Whether bars show.
+        epochs: Of the training.
+        recipe: Of the compression; see `fxprune.compress`.
+
+    Returns:
+        All figures, JSON-able; `table` is a text for the terminal.
+
+    Raises:
+        ArtifactError: If `out` cannot be written.
+        SourceError: If scikit-learn is not installed.
+    """
+    started = time.perf_counter()
+    artifact.check_writable(out)
+    digits = load_digits(seed)
+    with _threads(threads):
+        model = train(digits, seed=seed, epochs=epochs, progress=progress)
+        trained_s = time.perf_counter() - started
+        few = digits.images[:CALIBRATION]
+        small = fxprune.compress(
+            model,
+            few,
+            k=DROPS,
+            recipe=recipe,
+            images=CALIBRATION,
+            latency_batch=BATCH,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+        example = digits.held_out_images[:BATCH]
+        onnx = _export(model, small, example, out, progress=progress)
+        latency = _measure(model, small, example, progress=progress)
+    report = fxprune.report(small)
+    figures = {"seed": seed, **_quality(model, small, digits)}
+    figures |= {
+        "dropped": list(report.plan.chosen),
+        "latency": {name: _latency(comparison) for name, comparison in latency.items()},
+        "fold_error": report.fold_error,
+        "onnx_max_abs_diff": onnx,
+        "seconds": {"train": trained_s, **report.durations, "all": time.perf_counter() - started},
+    }
+    figures["table"] = _table(figures)
+    artifact.write_json_atomic(out / "report.json", figures)
+    return figures
+
+
+def _quality(model: nn.Module, small: nn.Module, digits: Digits) -> dict[str, Any]:
+    """Return what can be said without a clock: how often both networks are right, and their sizes."""
+    before, after = (_classes(network, digits.held_out_images) for network in (model, small))
+    return {
+        "images": {"training": len(digits.images), "calibration": CALIBRATION, "held_out": HELD_OUT},
+        "accuracy": {
+            "before": _share(before == digits.held_out_labels),
+            "after": _share(after == digits.held_out_labels),
+        },
+        "agreement": _share(before == after),
+        "parameters": {"before": _parameters(model), "after": _parameters(small)},
+    }
+
+
+def _export(
+    model: nn.Module, small: GraphModule, example: Tensor, out: Path, *, progress: bool
+) -> dict[str, float]:
+    """Write both networks; return how far ONNX and torch lie apart for each file."""
+    differences: dict[str, float] = {}
+    networks = {"original.onnx": fxprune.trace(model, (example,)), "model.onnx": small}
+    for name, network in tqdm(networks.items(), desc="export", disable=not progress):
+        differences[name] = fxprune.export_onnx(network, out / name, (example,)).max_abs_diff
+    artifact.save(small, out, example_inputs=(example,))
+    return differences
+
+
+def _measure(
+    model: nn.Module, small: nn.Module, example: Tensor, *, progress: bool
+) -> dict[str, LatencyComparison]:
+    bar = tqdm(BACKENDS, desc="measure", disable=not progress)
+    return {name: fxprune.measure(model, small, inputs=(example,), backend=name) for name in bar}
+
+
+def _classes(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(model(images)).argmax(1)
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _latency(comparison: LatencyComparison) -> dict[str, Any]:
+    interval = comparison.interval
+    return {
+        "before_s": comparison.before.median_s,
+        "after_s": comparison.after.median_s,
+        "ratio": comparison.ratio,
+        "interval": [interval.low, interval.high],
+        "device": comparison.after.device,
+        "batch": comparison.after.batch_shape[0],
+        "threads": comparison.after.threads,
+    }
+
+
+def _table(figures: dict[str, Any]) -> str:
+    accuracy, parameters = figures["accuracy"], figures["parameters"]
+    rows = [
+        ("held-out accuracy", f"{accuracy['before']:.1%}", f"{accuracy['after']:.1%}", ""),
+        ("same class named", "", f"{figures['agreement']:.1%}", ""),
+        ("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}", ""),
+    ]
+    for name, latency in figures["latency"].items():
+        low, high = latency["interval"]
+        rows.append(
+            (
+                f"{name}, {latency['batch']} images",
+                f"{latency['before_s'] * 1e3:.2f} ms",
+                f"{latency['after_s'] * 1e3:.2f} ms",
+                f"{latency['ratio']:.2f} of the time (95 %: {low:.2f} to {high:.2f})",
+            )
+        )
+    rows.append(("dropped", "", ", ".join(figures["dropped"]), ""))
+    return render(("", "original", "compressed", ""), rows)
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """Set torch's threads, and put them back."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)

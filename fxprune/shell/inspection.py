@@ -1,0 +1,131 @@
+"""What `fxprune inspect` and `fxprune measure` show: one description, printed as a table or as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
+
+from fxprune.graph.regions import Discovery, Region
+from fxprune.measurements import Latency, LatencyComparison
+from fxprune.reports.tables import render
+
+__all__ = ["comparison", "comparison_table", "describe", "tables"]
+
+
+def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
+    """What was found, ready for JSON: `counts` by kind, `regions`, `rejections`, parameters in all."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    users = _parameter_users(gm)
+    counts = Counter(region.kind.value for region in found.regions)
+    return {
+        "parameters": sum(parameter.numel() for parameter in gm.parameters()),
+        "counts": dict(counts),
+        "regions": [
+            {
+                "label": region.label,
+                "kind": region.kind.value,
+                "shape": list(region.shape),
+                "entry": region.entry,
+                "exit": region.exit,
+                "modules": list(region.modules),
+                "parameters_saved": _saved(users, _cut(nodes, region)),
+            }
+            for region in found.regions
+        ],
+        "rejections": [
+            {
+                "label": item.label,
+                "reason": item.reason.value,
+                "detail": item.detail,
+                "nodes": list(item.nodes),
+            }
+            for item in found.rejections
+        ],
+    }
+
+
+def _parameter_users(gm: GraphModule) -> list[tuple[Parameter, set[str]]]:
+    """Each parameter with the names of all nodes that read it, whichever front end made the graph."""
+    users: defaultdict[Parameter, set[str]] = defaultdict(set)
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            for parameter in gm.get_submodule(node.target).parameters():
+                users[parameter].add(node.name)
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = getattr(gm.get_submodule(owner), name, None)
+            if isinstance(value, Parameter):
+                users[value].update(user.name for user in node.users)
+    return list(users.items())
+
+
+def _saved(users: list[tuple[Parameter, set[str]]], cut: set[str]) -> int:
+    return sum(parameter.numel() for parameter, readers in users if readers <= cut)
+
+
+def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
+    """The nodes that disappear: the body without what the bypass needs (a projection shortcut stays)."""
+    body = set(region.body)
+    pending = [region.bypass]
+    while pending:
+        name = pending.pop()
+        if name in body:
+            body.discard(name)
+            pending.extend(source.name for source in nodes[name].all_input_nodes)
+    return body
+
+
+def tables(data: dict[str, Any]) -> str:
+    """The description as text: regions, totals by kind, rejections."""
+    regions = [
+        (
+            item["label"],
+            item["kind"],
+            "x".join(map(str, item["shape"])),
+            len(item["modules"]),
+            item["parameters_saved"],
+        )
+        for item in data["regions"]
+    ]
+    totals = ", ".join(f"{count} {kind}" for kind, count in data["counts"].items())
+    parts = [
+        f"{data['model']}: {len(regions)} droppable regions"
+        + (f" ({totals})" if totals else "")
+        + f", {data['parameters']:,} parameters in all"
+    ]
+    if regions:
+        parts.append(render(("region", "kind", "shape", "modules", "parameters saved"), regions))
+    if data["rejections"]:
+        rows = [(item["label"] or "-", item["reason"], item["detail"]) for item in data["rejections"]]
+        parts.append(f"{len(rows)} candidates refused\n" + render(("candidate", "reason", "detail"), rows))
+    return "\n\n".join(parts)
+
+
+def comparison(result: LatencyComparison) -> dict[str, Any]:
+    """The measurement, ready for JSON; times in seconds."""
+    return {**asdict(result), "saved_s": result.saved_s, "distinguishable": result.distinguishable}
+
+
+def comparison_table(result: LatencyComparison) -> str:
+    """Medians with their spread, and the ratio with its interval; times in milliseconds."""
+
+    def row(name: str, latency: Latency) -> tuple[object, ...]:
+        times = (latency.median_s * 1e3, latency.p95_s * 1e3, latency.iqr_s * 1e3)
+        return (name, *times, latency.runs)
+
+    table = render(
+        ("network", "median ms", "p95 ms", "iqr ms", "runs"),
+        [row("before", result.before), row("after", result.after)],
+    )
+    before, interval = result.before, result.interval
+    verdict = "" if result.distinguishable else "; not distinguishable from no gain"
+    return (
+        f"{table}\n\nafter / before {result.ratio:.4f} ({interval.level:.0%} interval {interval.low:.4f} to "
+        f"{interval.high:.4f}), {1 / result.ratio:.2f} times as fast{verdict}\n"
+        f"{before.backend} on {before.device}, {before.threads} threads, batch shape "
+        f"{'x'.join(map(str, before.batch_shape))}"
+    )

@@ -1,0 +1,254 @@
+"""What the shell's arguments name: networks, checkpoints, images, and the inputs of an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import OptionError, SourceError
+from fxprune.export import artifact
+from fxprune.shell.images import ImageBatches, load_images
+
+__all__ = ["ImageBatches", "load_images", "load_model", "load_weights", "onnx_inputs"]
+
+logger = logging.getLogger(__name__)
+
+_FORMS = "Give torchvision:NAME, timm:NAME, path/to/file.py:factory, or a .pt2 file."
+_CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
+_PREFIXES = ("module.", "_orig_mod.")
+_NESTS = ("state_dict", "model")
+_LISTED = 10
+
+
+def load_model(spec: str) -> nn.Module:
+    """The network that `spec` names, in evaluation mode; nothing is downloaded, so weights may be random.
+
+    Args:
+        spec: `torchvision:NAME`, `timm:NAME`, `path/to/file.py:factory` (the file is run, and `factory()`
+            called), or a `.pt2` file.
+
+    Raises:
+        SourceError: There is no such network, or it cannot be built; the message says what there is.
+        ArtifactError: The `.pt2` file is damaged or unsafe.
+    """
+    origin, _, name = spec.partition(":")
+    if origin == "torchvision":
+        return _torchvision_model(name).eval()
+    if origin == "timm":
+        return _timm_model(name).eval()
+    path, colon, factory = spec.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _factory_model(Path(path), factory).eval()
+    suffix = Path(spec).suffix
+    if suffix == ".pt2":
+        return _exported_model(Path(spec))
+    if suffix == ".py":
+        raise SourceError(
+            f"{spec} names a file but no function in it: give {spec}:FACTORY, which returns the network."
+        )
+    if suffix in _CHECKPOINTS:
+        raise SourceError(
+            f"{spec} is a checkpoint: it holds weights, or a pickled network, which would run code "
+            "from the file when "
+            f"it is read. Name the network, and give the file as --weights {spec}. {_FORMS}"
+        )
+    hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
+    raise SourceError(f"{spec!r} names no network.{hint} {_FORMS}")
+
+
+def _torchvision_model(name: str) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise SourceError(f"torchvision has no network {name!r}. {_nearest(name, known)}")
+    # detection and segmentation would download the weights of their backbone by default
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+    network: nn.Module = models.get_model(name, weights=None, **backbone)
+    return network
+
+
+def _timm_model(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise SourceError(
+            f"timm:{name} needs timm, which is not installed: pip install fxprune[timm]"
+        ) from error
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        raise SourceError(f"timm has no network {name!r}. {_nearest(name, known)}")
+    network: nn.Module = timm.create_model(name, pretrained=False)
+    return network
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+    return f"The nearest names: {', '.join(nearest)}." if nearest else f"It has {len(known)} others."
+
+
+def _exported_model(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise SourceError(f"The file {path} does not exist.")
+    return artifact.load(path)
+
+
+def _factory_model(path: Path, factory: str) -> nn.Module:
+    if not path.is_file():
+        raise SourceError(f"The file {path} does not exist.")
+    # the file may import its neighbours, as it could when run as a script
+    with _importable(path.resolve().parent):
+        try:
+            module = _import_file(path)
+        except Exception as error:
+            raise SourceError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        build = getattr(module, factory, None)
+        if not callable(build):
+            names = sorted(name for name in vars(module) if callable(vars(module)[name]) and name[0] != "_")
+            raise SourceError(f"{path} has no function {factory!r}. It has: {', '.join(names) or 'none'}.")
+        try:
+            network = build()
+        except Exception as error:
+            raise SourceError(f"{factory}() in {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise SourceError(
+            f"{factory}() in {path} returned a {type(network).__name__}: it must return a torch.nn.Module."
+        )
+    return network
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_fxprune_source_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # registered, because dataclasses and torch.fx look a class's module up by name
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into `model`, every tensor of it, converted to the model's types.
+
+    Weights may be nested under `state_dict` or `model`, and their names may all begin with `module.` or
+    `_orig_mod.`, as data-parallel and compiled networks write them. Missing `num_batches_tracked` counters
+    stay as they are: old checkpoints lack them and evaluation does not read them.
+
+    Args:
+        model: Changed in place, unless an error is raised.
+        path: A `.safetensors` file, or a `.pt`, `.pth`, `.ckpt` or `.bin` checkpoint without code.
+
+    Raises:
+        SourceError: The file is missing, or names or shapes do not match; the message lists them.
+        ArtifactError: The file is damaged, or would run code when read.
+    """
+    if not Path(path).is_file():
+        raise SourceError(f"The checkpoint {path} does not exist.")
+    state = _unwrapped(artifact.load_state(path))
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = [
+        f"{key} ({tuple(state[key].shape)}, the network has {tuple(value.shape)})"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or unexpected or misshapen:
+        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        raise SourceError(
+            f"The checkpoint {path} does not fit the network: "
+            + "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in lists if keys)
+            + ". For a network with other classes or layers, give it as path/to/file.py:factory."
+        )
+    model.load_state_dict(state, strict=False)
+    logger.info("Loaded %d tensors from %s.", len(state), path)
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
+    for key in _NESTS:
+        nested = state.get(key)
+        if isinstance(nested, dict):
+            return _unwrapped(nested)
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def _some(keys: Sequence[str]) -> str:
+    rest = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + rest
+
+
+def onnx_inputs(
+    path: str | Path, *, batch: int | None = None, shapes: Sequence[Sequence[int]] = (), seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Random inputs of the shapes and types that an ONNX file asks for.
+
+    Args:
+        path: The file.
+        batch: Size of dimension 0; by default that of the file, or 1 where it is free.
+        shapes: One shape for each input, needed where other dimensions are free.
+        seed: Fixes the values: normally distributed, or zeros for integers.
+
+    Raises:
+        SourceError: The file is missing or no ONNX model.
+        OptionError: `shapes` does not match the inputs, or is needed and not given.
+    """
+    import onnx
+
+    if not Path(path).is_file():
+        raise SourceError(f"The file {path} does not exist.")
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's own error type is not public
+        raise SourceError(f"{path} cannot be read as ONNX: {error}") from error
+    weights = {tensor.name for tensor in graph.initializer}
+    entries = [entry for entry in graph.input if entry.name not in weights]
+    if not entries:
+        raise SourceError(f"{path} has no input: it is not an ONNX network.")
+    if shapes and len(shapes) != len(entries):
+        names = ", ".join(entry.name for entry in entries)
+        raise OptionError(f"{path} has {len(entries)} inputs ({names}) and {len(shapes)} shapes were given.")
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for place, entry in enumerate(entries):
+        kind = entry.type.tensor_type
+        # a free dimension has a name or nothing; dim_value then reads 0
+        free = [max(dim.dim_value, 0) for dim in kind.shape.dim]
+        shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
+        if 0 in shape:
+            raise OptionError(f"Input {entry.name} of {path} has free dimensions: give --input-shape.")
+        values = torch.randn(shape, generator=generator)
+        numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        dtype = getattr(torch, str(numpy_type), None)
+        if dtype is None:
+            raise SourceError(f"Input {entry.name} of {path} holds {numpy_type} values, which no tensor can.")
+        inputs.append(values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    return tuple(inputs)

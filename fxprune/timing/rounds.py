@@ -1,0 +1,176 @@
+"""Taking turns against the clock, until the ratios are known well enough: the statistics behind latency.
+
+Contestants are called in a drawn order, round by round, so that drift of the machine cancels within rounds;
+what is compared are the ratios within rounds, with a bootstrap interval of their median. Knows neither torch
+nor onnxruntime: what a call does, and how it is timed, comes from outside. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.errors import MeasurementError, OptionError
+from fxprune.measurements import Interval
+
+__all__ = ["Clock", "Contestant", "TimingSettings", "median_interval", "race", "ratios_by_round", "warm_up"]
+
+# A sample of several calls lasts at least this long, so that the clock's own cost and grain do not show.
+_SAMPLE_S = 5e-3
+_SHORT_CALL_S = 2e-3
+# Bootstrapping after every round would cost more than small networks do; a tenth of the rounds done comes on top.
+_ROUNDS_BETWEEN_CHECKS = 5
+
+Times: TypeAlias = npt.NDArray[np.float64]
+# Runs a call so many times and returns the seconds of one.
+Clock: TypeAlias = "Callable[[Callable[[], None], int], float]"
+
+
+@dataclass(frozen=True, slots=True)
+class TimingSettings:
+    """How long to measure, and when the result is good enough.
+
+    Attributes:
+        warmup: Calls of every network before the first timed one.
+        min_rounds: Rounds in any case.
+        max_rounds: Rounds at most.
+        max_seconds: No further round starts after this time, once there were `min_rounds`.
+        half_width: Half the interval of a ratio that is narrow enough in any case.
+        relative: Half the interval over `|1 - ratio|`, the saving, that is narrow enough as well.
+        level: Coverage of the interval.
+        resamples: Bootstrap resamples.
+        seed: Of the order within rounds and of the bootstrap.
+        threads: Intra-operator threads on the CPU; `None` keeps torch's present number.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    warmup: int = 5
+    min_rounds: int = 15
+    max_rounds: int = 200
+    max_seconds: float = 20.0
+    half_width: float = 0.01
+    relative: float = 0.25
+    level: float = 0.95
+    resamples: int = 1000
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("min_rounds", self.min_rounds >= 1, "1 or more"),
+            ("max_rounds", self.max_rounds >= self.min_rounds, f"at least min_rounds={self.min_rounds}"),
+            ("max_seconds", self.max_seconds > 0, "positive"),
+            ("half_width", self.half_width > 0, "positive"),
+            ("relative", self.relative > 0, "positive"),
+            ("level", 0 < self.level < 1, "between 0 and 1"),
+            ("resamples", self.resamples >= 1, "1 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("threads", self.threads is None or self.threads >= 1, "1 or more, or None"),
+        )
+        for name, valid, wanted in rules:
+            if not valid:
+                raise OptionError(f"TimingSettings: {name}={getattr(self, name)} must be {wanted}")
+
+
+@dataclass(slots=True)
+class Contestant:
+    """A prepared network and its samples, in seconds per call."""
+
+    label: str
+    call: Callable[[], None]
+    repeats: int = 1
+    samples: list[float] = field(default_factory=list)
+
+    def take(self, clock: Clock) -> float:
+        """Take one sample, in seconds per call.
+
+        Raises:
+            MeasurementError: The call fails; names the contestant.
+        """
+        try:
+            return clock(self.call, self.repeats)
+        except MeasurementError as error:
+            raise MeasurementError(f"{self.label} could not be timed: {error}") from error
+        except Exception as error:  # the user's network may raise anything
+            gist = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MeasurementError(
+                f"{self.label} could not be timed, its forward call failed: {gist}"
+            ) from error
+
+
+def median_interval(
+    values: Sequence[float] | Times, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """The percentile bootstrap interval of a median (Efron 1979).
+
+    Args:
+        values: One or more numbers.
+        level: Coverage.
+        resamples: How many samples are drawn with replacement.
+        seed: Of the draw.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, sample.size, size=(resamples, sample.size))
+    low, high = np.quantile(np.median(sample[drawn], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), level)
+
+
+def warm_up(contestants: Sequence[Contestant], clock: Clock, calls: int) -> None:
+    """Let caches fill and clocks rise, then choose how many calls make a sample."""
+    for contestant in contestants:
+        for _ in range(calls):
+            contestant.take(clock)
+        once = contestant.take(clock)
+        contestant.repeats = 1 if once >= _SHORT_CALL_S else math.ceil(_SAMPLE_S / max(once, 1e-7))
+
+
+def race(
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    settings: TimingSettings,
+    progress: Callable[[int, int], None] | None,
+) -> list[Interval]:
+    """Take rounds until every ratio is known well enough, or time is up."""
+    rng = np.random.default_rng(settings.seed)
+    start = time.perf_counter()
+    interval = partial(
+        median_interval, level=settings.level, resamples=settings.resamples, seed=settings.seed
+    )
+    check = settings.min_rounds
+    for done in range(1, settings.max_rounds + 1):
+        for index in rng.permutation(len(contestants)):
+            contestants[index].samples.append(contestants[index].take(clock))
+        if progress is not None:
+            progress(done, settings.max_rounds)
+        if done < settings.min_rounds:
+            continue
+        if time.perf_counter() - start > settings.max_seconds:
+            break
+        if done < check:
+            continue
+        if all(_narrow(ratios, interval(ratios), settings) for ratios in ratios_by_round(contestants)):
+            break
+        check = done + _ROUNDS_BETWEEN_CHECKS + done // 10
+    return [interval(ratios) for ratios in ratios_by_round(contestants)]
+
+
+def _narrow(ratios: Times, interval: Interval, settings: TimingSettings) -> bool:
+    """Whether more rounds would change neither the figure nor, when scoring, the order."""
+    saving = abs(1.0 - float(np.median(ratios)))
+    return interval.width / 2 < max(settings.half_width, settings.relative * saving)
+
+
+def ratios_by_round(contestants: Sequence[Contestant]) -> list[Times]:
+    """Candidate over reference, round by round."""
+    reference = np.asarray(contestants[0].samples)
+    return [np.asarray(candidate.samples) / reference for candidate in contestants[1:]]
