@@ -49,10 +49,10 @@ from fxprune.errors import TraceError
 from fxprune.export import serving
 from fxprune.export.artifact import write_text_atomic
 from fxprune.graph.extract import share
-from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.graph.trace import FrontEnd
 from fxprune.passes import Adaptor, Canonicalize, DropRegions, FoldAdaptors, InsertAdaptors, StoreWeights
+from fxprune.placement.placement import find_sites
 
 __all__ = ["Row", "main", "measure_case"]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from fxprune.calibration.augment import augmentation
-from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
 from fxprune.pipeline.job import Job
+from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
 from fxprune.recovery.features import FeatureReader, feature_loss, mean_feature_loss
 from fxprune.scoring.changed_part import ChangedPart

@@ -32,12 +32,12 @@ from torch.fx.passes.shape_prop import TensorMetadata
 import fxprune
 from benchmarks import subjects
 from benchmarks.models.cifar_resnet import resnet
+from fxprune.discovery.discovery import discover
 from fxprune.errors import NoRegionError
-from fxprune.graph.discovery import discover
 from fxprune.graph.extract import share
-from fxprune.graph.placement import find_sites
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.passes import DropRegions, FoldAdaptors, InsertAdaptors
+from fxprune.placement.placement import find_sites
 from fxprune.processes.threads import using_threads
 from fxprune.reports.tables import render
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxprune import passes
     from fxprune.api import compress, export_onnx, measure, report
+    from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
-    from fxprune.graph.discovery import discover
     from fxprune.graph.trace import trace
     from fxprune.sweeping import sweep
 
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FxpruneError": "fxprune.errors",
     "compress": "fxprune.api",
-    "discover": "fxprune.graph.discovery",
+    "discover": "fxprune.discovery.discovery",
     "export_onnx": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",

@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
+from fxprune.discovery.labels import Ignore
+from fxprune.discovery.taps import output_tap
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.call import Inputs
-from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind
-from fxprune.graph.taps import output_tap
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.pipeline.capture import capture_inputs

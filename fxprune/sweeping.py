@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.calibration.drawing import draw
+from fxprune.discovery.labels import Ignore
 from fxprune.errors import OptionError
 from fxprune.files import check_writable, write_text_atomic
-from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Kind, Region
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.pipeline.job import Clock, Job, default_device, input_names, open_job

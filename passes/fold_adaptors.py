@@ -8,11 +8,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FoldError
 from fxprune.graph import operators as ops
-from fxprune.graph.algebra import fold_bias_post, fold_post, fold_pre
-from fxprune.graph.dense import OperatorIndex
 from fxprune.graph.regions import Side
 from fxprune.passes.base import FxPass
 from fxprune.passes.insert_adaptors import Adaptor
+from fxprune.placement.algebra import fold_bias_post, fold_post, fold_pre
+from fxprune.placement.dense import OperatorIndex
 
 __all__ = ["FoldAdaptors"]
 
@@ -25,7 +25,7 @@ class FoldAdaptors(FxPass):
     adaptor(A) ── conv(W, b)   =>   conv(W A, b)
     ```
 
-    The weights of the operators change in place; see `fxprune.graph.algebra` for the formulas.
+    The weights of the operators change in place; see `fxprune.placement.algebra` for the formulas.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -10,9 +10,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from fxprune.errors import GraphError, PreconditionError
-from fxprune.graph.dense import DenseOperator, OperatorIndex
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes.base import FxPass
+from fxprune.placement.dense import DenseOperator, OperatorIndex
 
 __all__ = ["Adaptor", "InsertAdaptors"]
 
@@ -56,7 +56,7 @@ class InsertAdaptors(FxPass):
     ```
 
     Args:
-        sites: From `fxprune.graph.placement.find_sites`; sites that hold an adaptor already are left alone.
+        sites: From `fxprune.placement.placement.find_sites`; sites that hold an adaptor already are left alone.
     """
 
     def __init__(self, sites: Sequence[AdaptorSite]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.graph.dense import Layout
+from fxprune.placement.dense import Layout
 
 __all__ = [
     "KINDS",

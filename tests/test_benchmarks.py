@@ -27,8 +27,8 @@ from benchmarks import (
 )
 from benchmarks.models.cifar_resnet import resnet
 from benchmarks.reference import losses_side_by_side
+from fxprune.discovery.discovery import discover
 from fxprune.errors import OptionError
-from fxprune.graph.discovery import discover
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import RECIPES
 from fxprune.pipeline import stages

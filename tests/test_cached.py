@@ -13,14 +13,14 @@ from torch import fx
 import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
+from fxprune.discovery.dominance import flow_nodes
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import OptionError
-from fxprune.graph.dense import OperatorIndex
-from fxprune.graph.dominance import flow_nodes
 from fxprune.graph.extract import between
 from fxprune.graph.regions import Region
-from fxprune.graph.taps import find_tap
 from fxprune.options import RECIPES
 from fxprune.passes import Canonicalize
+from fxprune.placement.dense import OperatorIndex
 from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
 from fxprune.scoring.activations import Activations, bytes_per_image

@@ -14,9 +14,9 @@ from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransf
 
 import fxprune
 from fxprune.errors import TraceError
-from fxprune.graph.dense import DenseOperator, Layout, OperatorIndex
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes import Adaptor, FoldAdaptors, InsertAdaptors
+from fxprune.placement.dense import DenseOperator, Layout, OperatorIndex
 from tests.strategies import image_batch
 
 

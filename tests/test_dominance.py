@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxprune.graph.dominance import Dominance, flow_nodes
+from fxprune.discovery.dominance import Dominance, flow_nodes
 
 Sources = list[list[int]]
 

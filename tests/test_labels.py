@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.discovery.labels import with_unique_labels
 from fxprune.errors import OptionError
-from fxprune.graph.labels import with_unique_labels
 from fxprune.graph.regions import Kind, Reason, Region
 from tests.strategies import BlockSpec, NetSpec, Squeeze, image_batch
 

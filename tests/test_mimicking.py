@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
-from fxprune.graph.taps import find_tap
 from fxprune.options import RECIPES, FitSettings, Recipe
 from fxprune.recovery import recover as recovery
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import detection, optical_flow, segmentation
 
+from fxprune.discovery.discovery import discover
+from fxprune.discovery.taps import output_tap
 from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
-from fxprune.graph.discovery import discover
 from fxprune.graph.regions import Region
-from fxprune.graph.taps import output_tap
 from fxprune.graph.trace import trace
 from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions

@@ -21,7 +21,6 @@ from fxprune.errors import (
     PreconditionError,
 )
 from fxprune.graph.extract import share
-from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.graph.trace import FrontEnd
 from fxprune.passes import (
@@ -35,6 +34,7 @@ from fxprune.passes import (
     PropagateShapes,
     StoreWeights,
 )
+from fxprune.placement.placement import find_sites
 from tests.strategies import BlockSpec, NetSpec, image_batch, skipped
 
 SPEC = NetSpec((4, 6), (2,), (True,), ((BlockSpec("basic"),) * 2, (BlockSpec("bottleneck"),) * 3))

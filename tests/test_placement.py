@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import GraphError
-from fxprune.graph.placement import find_sites
+from fxprune.placement.placement import find_sites
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.export.artifact import load, save
-from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import Kind, Region
 from fxprune.graph.trace import split_inputs
 from fxprune.passes import (
@@ -29,6 +28,7 @@ from fxprune.passes import (
     InsertAdaptors,
     PropagateShapes,
 )
+from fxprune.placement.placement import find_sites
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore
 from tests.doubles import brief, comparison, count_latency

@@ -20,12 +20,12 @@ import torch
 from torch import fx, nn
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.discovery.discovery import discover
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import ArtifactError, OptionError
 from fxprune.graph.call import Inputs
-from fxprune.graph.discovery import discover
 from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import Backend, FitSettings

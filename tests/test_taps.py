@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import GraphError
-from fxprune.graph.taps import find_tap
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 

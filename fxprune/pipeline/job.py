@@ -17,13 +17,13 @@ import torch
 from torch import fx, nn
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.discovery.discovery import discover
+from fxprune.discovery.labels import Ignore
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
-from fxprune.graph.discovery import discover
 from fxprune.graph.extract import ancestors
-from fxprune.graph.labels import Ignore
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.graph.taps import find_tap
 from fxprune.graph.trace import trace
 from fxprune.options import CompressOptions, Criterion, Recipe
 from fxprune.passes import Canonicalize, StoreWeights

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.extract import share
-from fxprune.graph.placement import find_sites
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.passes import Adaptor, DropRegions, InsertAdaptors
+from fxprune.placement.placement import find_sites
 from fxprune.recovery.features import surviving_tap
 
 __all__ = ["AdaptorFit", "Candidate", "adaptor_weights"]

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.discovery.dominance import flow_nodes
 from fxprune.errors import GraphError
-from fxprune.graph.dense import OperatorIndex
-from fxprune.graph.dominance import flow_nodes
 from fxprune.graph.operators import shape_of
 from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
+from fxprune.placement.dense import OperatorIndex
 from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.features import feature_loss

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from fxprune.graph.dense import OperatorIndex
-from fxprune.graph.dominance import Dominance, flow_nodes
+from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.graph.extract import between, descendants
 from fxprune.graph.regions import Side
 from fxprune.passes import FoldBatchNorm
+from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate
 from fxprune.recovery.features import feature_loss
 from fxprune.scoring.activations import Activations, bytes_of, example_batch, rows_per_image

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import fx
 
+from fxprune.discovery.border import Border
+from fxprune.discovery.dominance import Dominance, flow_nodes
+from fxprune.discovery.labels import Ignore, ignore_rule, label_of, with_unique_labels
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
-from fxprune.graph.border import Border
 from fxprune.graph.collector import collector_paused
-from fxprune.graph.dominance import Dominance, flow_nodes
-from fxprune.graph.labels import Ignore, ignore_rule, label_of, with_unique_labels
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.graph.shapes import has_shapes
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import FoldError
-from fxprune.graph.dense import Layout
+from fxprune.placement.dense import Layout
 
 __all__ = ["fold_bias_post", "fold_post", "fold_pre"]
 

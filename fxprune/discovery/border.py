@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from fxprune.discovery.dominance import Dominance
 from fxprune.graph import operators as ops
-from fxprune.graph.dominance import Dominance
 from fxprune.graph.mutation import base_of
 from fxprune.graph.regions import Reason
 

@@ -16,8 +16,8 @@ from torch import fx
 
 from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
-from fxprune.graph.dense import DenseOperator, OperatorIndex
 from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.placement.dense import DenseOperator, OperatorIndex
 
 __all__ = ["Placement", "SiteRefusal", "find_sites"]
 

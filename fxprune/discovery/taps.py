@@ -6,10 +6,10 @@ import logging
 
 from torch import fx
 
+from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
 from fxprune.graph import vocabulary
-from fxprune.graph.dominance import Dominance, flow_nodes
 
 __all__ = ["find_tap", "output_tap"]
 

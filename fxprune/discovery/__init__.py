@@ -1,0 +1,1 @@
+"""What can be cut, and where features are read."""

@@ -1,0 +1,1 @@
+"""Where adaptors go, and how they fold away."""
