@@ -8,13 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fxprune import _version
+
 if TYPE_CHECKING:
     from fxprune import passes
-    from fxprune.api import compress, export_onnx, measure, report
+    from fxprune.api import compress, export_onnx, measure, report, sweep
     from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
     from fxprune.graph.trace import trace
-    from fxprune.sweeping import sweep
 
 __all__ = [
     "FxpruneError",
@@ -28,7 +29,7 @@ __all__ = [
     "trace",
 ]
 
-__version__ = "0.1.0"
+__version__ = _version.VERSION
 
 _HOME = {
     "FxpruneError": "fxprune.errors",
@@ -37,7 +38,7 @@ _HOME = {
     "export_onnx": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",
-    "sweep": "fxprune.sweeping",
+    "sweep": "fxprune.api",
     "trace": "fxprune.graph.trace",
 }
 

@@ -16,6 +16,7 @@ __all__ = [
     "MeasurementError",
     "NoRegionError",
     "OptionError",
+    "OutOfMemoryError",
     "ParityError",
     "PassError",
     "PostconditionError",
@@ -88,6 +89,10 @@ class DistributedError(FxpruneError):
 
 class MeasurementError(FxpruneError):
     """A latency could not be measured on the backend that was asked for."""
+
+
+class OutOfMemoryError(FxpruneError, MemoryError):
+    """Memory ran out, of the process or of the GPU."""
 
 
 class ArtifactError(FxpruneError):

@@ -5,7 +5,9 @@ They lie below every layer because scoring, timing and reporting all speak them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Interval", "Latency", "LatencyComparison", "NotMeasured"]
 
@@ -23,9 +25,6 @@ class Interval:
     low: float
     high: float
     level: float = 0.95
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
     @property
     def width(self) -> float:
@@ -76,6 +75,20 @@ class LatencyComparison:
     ratio: float
     interval: Interval
     shared_by: int = 1
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LatencyComparison:
+        """The comparison of which `asdict` made plain data.
+
+        Raises:
+            TypeError, KeyError, ValueError: The data is not such.
+        """
+        before, after = (
+            Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
+            for side in ("before", "after")
+        )
+        ratio, interval = float(fields["ratio"]), Interval(**fields["interval"])
+        return cls(before, after, ratio, interval, int(fields["shared_by"]))
 
     @property
     def saved_s(self) -> float:

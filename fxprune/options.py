@@ -1,276 +1,294 @@
-"""Settings, frozen and validated when they are made, so that nothing fails late."""
+"""What users ask for, frozen and validated when it is written down, so that nothing fails late."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 from fxprune.errors import OptionError
+from fxprune.recipes import RECIPES, FitSettings, Recipe, Selection, recipe_named
+from fxprune.validation import is_number, is_whole, listed, one_of, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "RECIPES",
     "Backend",
-    "CompressOptions",
+    "CompressSettings",
     "Criterion",
     "FitSettings",
+    "KindName",
+    "Options",
     "Recipe",
     "Selection",
+    "Settings",
     "recipe_named",
+    "takes",
 ]
 
 Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda"]
 Criterion = Literal["recovery", "l2", "kl"]
-Selection = Literal["greedy", "independent", "exact"]
+KindName = Literal["identity", "projection", "sequential"]
+
+_SEEDS = 2**63
+_MOST_THREADS = 4096
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Patterns: TypeAlias = "str | Callable[[Any], bool] | Sequence[str | Callable[[Any], bool]]"
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise OptionError(message)
+class Settings(TypedDict, total=False):
+    """Keywords that `fxprune.compress` and `fxprune.sweep` share, as people write them; see `Options`."""
+
+    recipe: str | Recipe
+    criterion: Criterion
+    selection: Selection | None
+    backend: Backend
+    device: str | None
+    kinds: str | Iterable[str]
+    ignore: Patterns
+    tap: str | None
+    input_fn: Callable[[Any], Any] | None
+    images: int
+    latency_batch: int | None
+    cache_bytes: int
+    seed: int
+    threads: int | None
+    out: str | os.PathLike[str] | None
+    progress: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class FitSettings:
-    """One gradient fit.
+class CompressSettings(Settings, total=False):
+    """Keywords of `fxprune.compress`."""
 
-    Attributes:
-        optimizer: `sgd`, `adam`, or `relative-adam`, whose steps are relative to the size of each output channel's
-            weights: networks whose batch norm was folded away have channels of very different sizes. `width-adam`
-            divides the rate by the number of channels that a weight reads, so that adaptors of all widths learn alike.
-        iterations: Steps; 0 leaves the start as it is.
-        learning_rate: At the beginning.
-        momentum: Of SGD; Adam has its usual moments.
-        weight_decay: L2 penalty, coupled as in `torch.optim`.
-        schedule: `step` divides the rate by 10 every 40 % of the iterations, `cosine` lets it fall to zero,
-            `constant` keeps it.
-        warmup: Iterations in which the rate rises from nothing, on top of the schedule.
-        batch_size: Images a step, or all of them if there are fewer.
-        max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
-        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
-        augment: Whether images are cropped and flipped at random.
-        cutmix: Whether a box of each image is replaced by that of another one: more kinds of images from a few.
-        unnormalised_rate: Learning rate where no batch norm normalises by the batch, and so keeps training stable.
-        retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
-    """
-
-    optimizer: Literal["sgd", "adam", "relative-adam", "width-adam"] = "sgd"
-    iterations: int = 1000
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    warmup: int = 0
-    batch_size: int = 64
-    max_pixels: int | None = None
-    batch_norm: Literal["eval", "train"] = "eval"
-    augment: bool = True
-    cutmix: bool = False
-    unnormalised_rate: float | None = None
-    retries: int = 0
-
-    def __post_init__(self) -> None:
-        optimizers = ("sgd", "adam", "relative-adam", "width-adam")
-        _require(
-            self.optimizer in optimizers,
-            f"optimizer is {self.optimizer!r}; choose from {', '.join(optimizers)}",
-        )
-        _require(self.iterations >= 0, f"iterations is {self.iterations}; it must be 0 or more")
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
-        _require(
-            self.unnormalised_rate is None or self.unnormalised_rate > 0,
-            f"unnormalised_rate is {self.unnormalised_rate}; it must be positive",
-        )
-        _require(self.retries >= 0, f"retries is {self.retries}; it must be 0 or more")
-        _require(self.warmup >= 0, f"warmup is {self.warmup}; it must be 0 or more")
-        _require(
-            self.max_pixels is None or self.max_pixels >= 1,
-            f"max_pixels is {self.max_pixels}; it must be positive",
-        )
-        _require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must lie in [0, 1)")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
-        schedules = ("step", "cosine", "constant")
-        _require(
-            self.schedule in schedules, f"schedule is {self.schedule!r}; choose from {', '.join(schedules)}"
-        )
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be 1 or more")
-        _require(
-            self.batch_norm in ("eval", "train"), f"batch_norm is {self.batch_norm!r}; choose eval or train"
-        )
-
-    def rate(self, iteration: int) -> float:
-        """The learning rate at an iteration (counted from 0)."""
-        rate = self.learning_rate * min(1.0, (iteration + 1) / (self.warmup + 1))
-        if self.schedule == "constant":
-            return rate
-        if self.schedule == "cosine":
-            return rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
-        return float(rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
-
-    def images_per_step(self, pixels: int) -> int:
-        """The batch size for images of so many pixels: at least one image."""
-        return (
-            self.batch_size
-            if self.max_pixels is None
-            else max(1, min(self.batch_size, self.max_pixels // pixels))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How recovery works, from scoring to the final mimicking.
-
-    Attributes:
-        name: As users type it.
-        scorer: `end-to-end` runs the whole network for every step of every region (PRACTISE); `cached` starts from
-            least squares and trains behind cached activations.
-        adaptor: The fit of the adaptors.
-        mimic: The fit of the whole network after the cut.
-        fold_first: Whether the chosen set's fitted adaptors are folded in before mimicking; PRACTISE mimics from the
-            bare cut.
-        selection: How sets are chosen unless the user says otherwise.
-    """
-
-    name: str
-    scorer: Literal["end-to-end", "cached"]
-    adaptor: FitSettings
-    mimic: FitSettings
-    fold_first: bool
-    selection: Selection
-
-
-RECIPES: dict[str, Recipe] = {
-    # PRACTISE, section 4, "Implementation details"
-    "practise": Recipe(
-        name="practise",
-        scorer="end-to-end",
-        adaptor=FitSettings(iterations=1000, batch_norm="eval"),
-        mimic=FitSettings(iterations=2000, batch_norm="train"),
-        fold_first=False,
-        selection="independent",
-    ),
-    "fast": Recipe(
-        name="fast",
-        scorer="cached",
-        adaptor=FitSettings(
-            optimizer="width-adam",
-            iterations=80,
-            learning_rate=0.2,
-            weight_decay=0.0,
-            schedule="cosine",
-            warmup=5,
-            batch_size=8,
-            augment=False,
-        ),
-        mimic=FitSettings(
-            optimizer="relative-adam",
-            iterations=400,
-            learning_rate=3e-2,
-            unnormalised_rate=3e-3,
-            retries=1,
-            weight_decay=0.0,
-            schedule="cosine",
-            warmup=10,
-            batch_size=64,
-            max_pixels=2**20,
-            batch_norm="train",
-            cutmix=True,
-        ),
-        fold_first=True,
-        selection="greedy",
-    ),
-}
-"""`practise` follows the paper to the letter; `fast` is the default."""
-
-
-def recipe_named(recipe: str | Recipe) -> Recipe:
-    """Looks a recipe up; a `Recipe` is returned as it is.
-
-    Raises:
-        OptionError: There is none of that name.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise OptionError(
-            f"recipe is {recipe!r}; choose from {sorted(RECIPES)}, or give a fxprune.options.Recipe"
-        )
-    return RECIPES[recipe]
-
-
-@dataclass(frozen=True, slots=True)
-class CompressOptions:
-    """What `fxprune.compress` was asked for; exactly one of the three goals is set.
-
-    Attributes:
-        k: Regions to drop.
-        target_speedup: Original latency over new latency, above 1.
-        target_latency_ms: New latency, in milliseconds.
-        min_agreement: Least top-1 agreement with the original on held-back calibration images, in [0, 1].
-        recipe: See `Recipe`.
-        criterion: `recovery` (PRACTISE eq. 1), `l2` (feature distance without recovery), `kl` (CURL).
-        selection: `greedy` scores again after every cut, `independent` takes the k best, `exact` tries every set.
-        backend: Where latency is measured.
-        device: Where recovery runs.
-        images: Calibration images to draw.
-        latency_batch: Images in a timed batch.
-        cache_bytes: Memory for cached activations.
-        seed: Of every random draw.
-    """
-
-    k: int | None
     target_speedup: float | None
     target_latency_ms: float | None
     min_agreement: float | None
-    recipe: Recipe
-    criterion: Criterion
-    selection: Selection
-    backend: Backend
-    device: str
-    images: int
-    latency_batch: int
-    cache_bytes: int
-    seed: int
+    onnx: bool
 
-    def scoring(self) -> dict[str, Any]:
-        """The settings that scores depend on: the goal and the way of choosing are not among them."""
-        goal = ("k", "target_speedup", "target_latency_ms", "min_agreement", "selection")
-        return {name: value for name, value in asdict(self).items() if name not in goal}
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything that was asked for: signatures, the shell, reports and the keys of finished work come from it.
+
+    Attributes:
+        k: How many regions to cut.
+        target_speedup: Alternatively, how much faster: original latency over new latency, above 1.
+        target_latency_ms: Alternatively, the latency to reach, in milliseconds.
+        min_agreement: Least top-1 agreement with the original on held-back calibration images, in [0, 1].
+        recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
+        criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut.
+        selection: `greedy` scores again after every cut, `independent` takes the k best scores, `exact` tries all sets;
+            by default what the recipe says.
+        backend: Where latency counts: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        device: Where recovery runs, and the `torch` backend: `cpu`, `cuda` or `cuda:N`; by default where the model is.
+        kinds: Kinds of region that may be cut; see `fxprune.discover`.
+        ignore: What must stay; see `fxprune.discover`.
+        tap: Node or module whose output is mimicked, if not the features before the final pooling.
+        submodule: Path of the part to compress, of a model that cannot be traced as a whole.
+        input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
+        images: Most calibration images to use.
+        latency_batch: Images in a timed batch; by default 64 on CUDA and 8 on the CPU.
+        cache_bytes: Memory for cached activations; where they do not fit, fewer images are cached. Fits side by
+            side may take a quarter of it more.
+        seed: Of every random draw. The same seed and number of threads give the same plan as long as measured
+            latencies order the same.
+        threads: Of torch and onnxruntime on the CPU; by default torch's present number, or as many as the process may
+            use cores if those are fewer.
+        out: Folder for the results, and for finished work: a run that was interrupted goes on from there.
+        onnx: Whether `original.onnx` and `model.onnx` are among the results.
+        progress: Whether to draw progress bars; by default on a terminal.
+
+    Raises:
+        OptionError: A value is out of range, or contradicts another.
+    """
+
+    k: int | None = None
+    target_speedup: float | None = None
+    target_latency_ms: float | None = None
+    min_agreement: float | None = None
+    recipe: Recipe = RECIPES["fast"]
+    criterion: Criterion = "recovery"
+    selection: Selection | None = None
+    backend: Backend = "torch"
+    device: str | None = None
+    kinds: tuple[KindName, ...] = ("identity",)
+    ignore: tuple[str | Callable[[Any], bool], ...] = ()
+    tap: str | None = None
+    submodule: str | None = None
+    input_fn: Callable[[Any], Any] | None = None
+    images: int = 500
+    latency_batch: int | None = None
+    cache_bytes: int = 2 * 2**30
+    seed: int = 0
+    threads: int | None = None
+    out: str | None = None
+    onnx: bool = False
+    progress: bool | None = None
+
+    @classmethod
+    def of(
+        cls, k: int | None = None, submodule: str | None = None, **settings: Unpack[CompressSettings]
+    ) -> Options:
+        """Options from keywords as people write them: a recipe by its name, one pattern for a tuple of one, a path.
+
+        Raises:
+            OptionError: As for the class.
+        """
+        given: dict[str, Any] = dict(settings)
+        if "recipe" in given:
+            given["recipe"] = recipe_named(given["recipe"])
+        if "kinds" in given:
+            kinds = given["kinds"]
+            given["kinds"] = tuple(
+                getattr(kind, "value", kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds)
+            )
+        if "ignore" in given:
+            ignore = given["ignore"]
+            given["ignore"] = (ignore,) if isinstance(ignore, str) or callable(ignore) else tuple(ignore)
+        if given.get("out") is not None:
+            given["out"] = _path(given["out"])
+        return cls(k=k, submodule=submodule, **given)
 
     def __post_init__(self) -> None:
-        goals = {
-            "k": self.k,
-            "target_speedup": self.target_speedup,
-            "target_latency_ms": self.target_latency_ms,
+        given = [name for name in _GOALS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not {given}")
+        optional_count = "it must be a whole number, 1 or more"
+        require(
+            self,
+            (
+                ("k", self.k is None or is_whole(self.k), optional_count),
+                (
+                    "target_speedup",
+                    self.target_speedup is None or is_number(self.target_speedup, 1),
+                    "it must be above 1",
+                ),
+                (
+                    "target_latency_ms",
+                    self.target_latency_ms is None or is_number(self.target_latency_ms, 0),
+                    "it must be positive",
+                ),
+                (
+                    "min_agreement",
+                    self.min_agreement is None or 0 <= self.min_agreement <= 1,
+                    "it must lie in [0, 1]",
+                ),
+                one_of("criterion", self.criterion, Criterion),
+                ("selection", self.selection in (None, *get_args(Selection)), listed(Selection)),
+                one_of("backend", self.backend, Backend),
+                (
+                    "device",
+                    self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)) is not None,
+                    "it must be cpu, cuda or cuda:N",
+                ),
+                ("kinds", bool(self.kinds) and set(self.kinds) <= set(get_args(KindName)), listed(KindName)),
+                ("images", is_whole(self.images), optional_count),
+                ("latency_batch", self.latency_batch is None or is_whole(self.latency_batch), optional_count),
+                ("cache_bytes", is_whole(self.cache_bytes), optional_count),
+                ("seed", is_whole(self.seed, 0, _SEEDS - 2), "it must be a whole number from 0 to 2**63 - 2"),
+                (
+                    "threads",
+                    self.threads is None or is_whole(self.threads, 1, _MOST_THREADS),
+                    f"it must be a whole number from 1 to {_MOST_THREADS}",
+                ),
+            ),
+        )
+        if self.selection == "exact" and self.k is None:
+            raise OptionError(
+                "selection='exact' has no path of growing plans: it compares sets of one size, so it needs k; use "
+                "'greedy' or 'independent'"
+            )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a latency is to be reached."""
+        return self.target_speedup is not None or self.target_latency_ms is not None
+
+    def require_goal(self) -> None:
+        """Refuses options without a goal.
+
+        Raises:
+            OptionError: None of the three is set.
+        """
+        if self.k is None and not self.has_target:
+            raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not none of them")
+
+    def filled(self, device: str, threads: int) -> Options:
+        """The same with the defaults that depend on the model and the machine written out."""
+        return replace(
+            self,
+            device=device,
+            threads=threads,
+            selection=self.selection or self.recipe.selection,
+            latency_batch=self.latency_batch or (64 if device.startswith("cuda") else 8),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as reports hold it; functions by their names."""
+        return {name: getattr(self, name) for name in names()} | {
+            "recipe": asdict(self.recipe),
+            "ignore": [_name_of(pattern) for pattern in self.ignore],
+            "input_fn": None if self.input_fn is None else _name_of(self.input_fn),
         }
-        given = [name for name, value in goals.items() if value is not None]
-        _require(
-            len(given) == 1,
-            f"give exactly one of k, target_speedup and target_latency_ms, not {given or 'none of them'}",
-        )
-        _require(
-            self.selection != "exact" or self.k is not None,
-            "selection='exact' compares sets of one size, so it needs k; use 'greedy' for a target",
-        )
-        if self.k is not None:
-            whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-            _require(whole and self.k >= 1, f"k is {self.k!r}; it must be a whole number, 1 or more")
-        if self.target_speedup is not None:
-            _require(self.target_speedup > 1, f"target_speedup is {self.target_speedup}; it must be above 1")
-        if self.target_latency_ms is not None:
-            _require(
-                self.target_latency_ms > 0,
-                f"target_latency_ms is {self.target_latency_ms}; it must be positive",
-            )
-        if self.min_agreement is not None:
-            _require(
-                0 <= self.min_agreement <= 1, f"min_agreement is {self.min_agreement}; it must lie in [0, 1]"
-            )
-        for name, value, choices in (
-            ("criterion", self.criterion, get_args(Criterion)),
-            ("selection", self.selection, get_args(Selection)),
-            ("backend", self.backend, get_args(Backend)),
-        ):
-            _require(value in choices, f"{name} is {value!r}; choose from {', '.join(choices)}")
-        _require(self.images >= 1, f"images is {self.images}; it must be 1 or more")
-        _require(self.cache_bytes >= 1, f"cache_bytes is {self.cache_bytes}; it must be positive")
-        _require(self.latency_batch >= 1, f"latency_batch is {self.latency_batch}; it must be 1 or more")
+
+
+_GOALS = ("k", "target_speedup", "target_latency_ms")
+_GOALS_IN_WORDS = "k, target_speedup and target_latency_ms"
+
+
+def takes(settings: type) -> Callable[[Function], Function]:
+    """Gives a function that passes its keywords on to `Options.of` the signature that they have there.
+
+    Args:
+        settings: Its keywords; `Options` knows their defaults.
+    """
+    defaults = {one.name: one.default for one in fields(Options)}
+
+    def decorate(function: Function) -> Function:
+        plain = inspect.signature(function)
+        own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+            for name, kind in settings.__annotations__.items()
+        ]
+        known = {p.name for p in (*own, *more)}
+
+        @wraps(function)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            unknown = sorted(keywords.keys() - known)
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], known, n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else f"it takes {', '.join(sorted(known))}"
+                raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}; {hint}")
+            return function(*args, **keywords)
+
+        checked.__signature__ = plain.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return cast("Function", checked)
+
+    return decorate
+
+
+def names() -> tuple[str, ...]:
+    """Names of all options."""
+    return tuple(one.name for one in fields(Options))
+
+
+def _name_of(value: object) -> str:
+    """A string as it is, a function by its name."""
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
+
+
+def _path(out: object) -> str:
+    if not isinstance(out, (str, os.PathLike)) or not isinstance(path := os.fspath(out), str):
+        raise OptionError(f"out is {out!r}; it must be the path of a folder")
+    if not path or "\0" in path:
+        raise OptionError(f"out is {path!r}; it must be the path of a folder, '.' for the present one")
+    return path

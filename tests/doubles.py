@@ -44,7 +44,6 @@ def count_latency(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(comparison(_cost(before), _cost(c), batch=shape) for c in candidates)
 
     monkeypatch.setattr("fxprune.timing.latency.compare", compare)
-    monkeypatch.setattr("fxprune.timing.savings.compare", compare)
 
 
 def brief(name: str = "fast", *, adaptor: int = 1, mimic: int = 1) -> Recipe:

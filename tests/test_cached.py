@@ -23,10 +23,11 @@ from fxprune.passes import Canonicalize
 from fxprune.placement.dense import OperatorIndex
 from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
+from fxprune.recovery.original import Original
 from fxprune.scoring.activations import Activations, bytes_per_image
 from fxprune.scoring.cached import CachedScorer
 from fxprune.scoring.changed_part import ChangedPart
-from fxprune.scoring.end_to_end import fit_end_to_end
+from fxprune.scoring.end_to_end import EndToEndScorer
 from fxprune.scoring.joint_losses import JointLosses
 from fxprune.scoring.scorer import fit_all
 from tests.strategies import BlockSpec, NetSpec, image_batch
@@ -49,7 +50,7 @@ def images(count: int = 10) -> CalibrationSet:
 
 def scorer(gm: fx.GraphModule, count: int = 10, *, iterations: int = 0, **options: int) -> CachedScorer:
     settings = replace(SETTINGS, iterations=iterations)
-    return CachedScorer(gm, find_tap(gm), images(count), settings, device="cpu", seed=0, **options)
+    return CachedScorer(Original(gm, find_tap(gm), images(count)), settings, **options)
 
 
 def sets(gm: fx.GraphModule) -> list[list[Region]]:
@@ -64,7 +65,7 @@ def test_the_bare_loss_is_that_of_the_whole_network(kind: str, inplace: bool) ->
     code = gm.code
     fast = scorer(gm)
     for regions in sets(gm):
-        slow = fit_end_to_end(gm, regions, find_tap(gm), images(), SETTINGS, device="cpu", seed=0)
+        slow = EndToEndScorer(Original(gm, find_tap(gm), images()), SETTINGS).fit(regions)
         assert fast.fit(regions).loss_before == pytest.approx(slow.loss_before, rel=1e-5)
     assert gm.code == code
 
@@ -89,7 +90,7 @@ def test_the_fitted_loss_is_that_of_the_maps_it_comes_with(kind: str) -> None:
     fast, tap = scorer(gm, iterations=3), find_tap(gm)
     for regions in sets(gm):
         fit = fast.fit(regions)
-        small, error = cut_and_fold(gm, regions, fit.maps, tap, images(), device="cpu")
+        small, error = cut_and_fold(Original(gm, tap, images()), regions, fit.maps)
         assert error is not None
         assert error < 1e-4
         readers = FeatureReader(gm, tap), FeatureReader(small, surviving_tap(tap, regions))
@@ -163,9 +164,7 @@ def test_sets_have_their_waists_where_single_regions_do() -> None:
     model = torchvision.models.mobilenet_v2(width_mult=0.25).eval()
     gm = fxprune.trace(model, torch.randn(2, 3, 64, 64))
     Canonicalize()(gm)
-    fast = CachedScorer(
-        gm, find_tap(gm), draw(torch.randn(4, 3, 64, 64)), SETTINGS, device="cpu", seed=0, loss_images=2
-    )
+    fast = CachedScorer(Original(gm, find_tap(gm), draw(torch.randn(4, 3, 64, 64))), SETTINGS, loss_images=2)
     regions = fxprune.discover(gm).regions
     fast.prepare([[region] for region in regions])
     cache = fast._cache
@@ -190,8 +189,10 @@ def test_fits_side_by_side_are_those_of_one_thread(kind: str) -> None:
         pairs = JointLosses(
             many, {regions[0].label: fit for regions, fit in zip(single, beside, strict=True)}
         )
-        assert [fit.loss for fit in beside] == pytest.approx([fit.loss for fit in alone], rel=1e-5)
-        assert pairs(joint, ()) == pytest.approx(estimates, rel=1e-5)
+        # activations are rounded by the number of threads, and Adam's first steps are as long for a rounding error
+        # as for a gradient: on some processors that shows in the fifth digit
+        assert [fit.loss for fit in beside] == pytest.approx([fit.loss for fit in alone], rel=1e-4)
+        assert pairs(joint, ()) == pytest.approx(estimates, rel=1e-4)
         again = fit_all(many, single)  # in whatever order they ended
     for fit, other in zip(beside, again, strict=True):
         assert fit.loss == other.loss
@@ -208,7 +209,7 @@ def test_fits_under_way_stay_within_the_budget() -> None:
         ("cpu", held, 1),
         ("cuda", 12 * held, 1),
     ):
-        fast = CachedScorer(gm, tap, images(), SETTINGS, device=device, seed=0, cache_bytes=budget)
+        fast = CachedScorer(Original(gm, tap, images(), device), SETTINGS, cache_bytes=budget)
         assert fast.workers == workers
 
 
@@ -222,14 +223,14 @@ def test_down_to_the_waist_the_network_is_that_of_the_candidate(kind: str) -> No
         if work.waist is None:
             continue
         seen += 1
-        assert set(adaptor_weights(work.above)) == set(adaptor_weights(work.part))
+        assert set(adaptor_weights(work.to_waist)) == set(adaptor_weights(work.part))
         for weight in adaptor_weights(work.part):
             weight.data.add_(0.1 * torch.randn(weight.shape, generator=generator))
         batch = image_batch(dtype=torch.float32)
         placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         cached = between(gm, placeholders, work.frontier)(batch)
         wanted = between(work.candidate.graph, placeholders, [work.waist])(batch)
-        torch.testing.assert_close(work.above(*cached), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(work.to_waist(*cached), wanted, rtol=1e-4, atol=1e-4)
     assert seen >= 3
 
 
@@ -289,7 +290,7 @@ def test_a_scorer_on_half_the_budget_judges_by_the_first_images() -> None:
     full.fit([region])
     half = scorer(gm, cache_bytes=full.peak_bytes // 2)
     few = draw(image_batch(10, dtype=torch.float32)[:5])
-    slow = fit_end_to_end(gm, [region], find_tap(gm), few, SETTINGS, device="cpu", seed=0)
+    slow = EndToEndScorer(Original(gm, find_tap(gm), few), SETTINGS).fit([region])
     assert half.fit([region]).loss_before == pytest.approx(slow.loss_before, rel=1e-5)
     assert half.peak_bytes <= full.peak_bytes // 2
 

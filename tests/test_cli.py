@@ -17,10 +17,8 @@ from PIL import Image
 from torch import nn
 
 import fxprune
-import fxprune.sweeping  # before any test patches what it imports
+import fxprune.api  # before any test patches what it imports
 from fxprune.errors import NoRegionError
-from fxprune.export import artifact
-from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.reports import tables
@@ -195,7 +193,6 @@ class Report:
 def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tmp_path, capsys) -> None:
     small = torch.fx.symbolic_trace(Residual())
     compress, report = replace("compress", small), replace("report", Report())
-    export, save = replace("export_onnx", None), replace("save", None, artifact)
     out = tmp_path / "out"
     argv = [
         "compress",
@@ -215,7 +212,7 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
     argv += ["--cache-mib", "64"]
     assert cli.main(argv) == 0
     network, loader = compress.args
-    assert network is traced.result
+    assert isinstance(network, Residual) and traced.calls == []
     assert len(loader.paths) == 2 and next(iter(loader)).shape == (2, 3, 8, 8)
     assert compress.kwargs == {
         "k": 2,
@@ -237,25 +234,22 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
         "seed": 7,
         "threads": None,
         "out": str(out),
+        "onnx": True,
         "progress": False,
     }
     assert report.args == (small,)
-    assert {path.name: gm for gm, path, _ in export.calls} == {"model.onnx": small, "original.onnx": network}
-    assert save.args == (small, out)
-    assert list(out.iterdir()) == []  # fxprune.compress writes report.json itself
+    assert list(out.iterdir()) == []  # fxprune.compress writes everything itself
     assert capsys.readouterr().out == "two regions were cut\n"
 
 
 def test_compress_json_without_out_writes_nothing(traced, replace, photos, tmp_path, capsys) -> None:
     replace("compress", traced.result)
     replace("report", Report())
-    export = replace("export_onnx", None)
     argv = ["compress", "m", "--data", str(photos), "--target-speedup", "1.3", "--size", "8", "--json"]
     assert cli.main([*argv, "--no-progress"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"k": 2}
     assert "skipped 1 image files" in captured.err
-    assert export.calls == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
@@ -280,31 +274,6 @@ def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
     assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == "body"
 
 
-def test_files_of_a_submodule_hold_the_part(replace, photos, tmp_path, capsys) -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = Residual()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(x) if float(x.sum()) > 1e9 else self.body(x) + 1
-
-    small, model = Whole(), Whole()
-    small.body = torch.fx.symbolic_trace(Residual())
-    inputs = Inputs((torch.zeros(2, 3, 8, 8),))
-    small.body.meta["fxprune_example"] = inputs
-    replace("load_model", model, sources)
-    replace("compress", small)
-    replace("report", Report())
-    export, save = replace("export_onnx", None), replace("save", None, artifact)
-    argv = ["compress", "m", "--data", str(photos), "--k", "1", "--size", "8", "--submodule", "body"]
-    assert cli.main([*argv, "--no-progress", "--out", str(tmp_path / "out")]) == 0
-    written = {path.name: (network, given) for network, path, given in export.calls}
-    assert written["model.onnx"] == (small.body, inputs.args)
-    assert written["original.onnx"] == (model.body, inputs.args)
-    assert save.args[0] is small.body and save.kwargs == {"example_inputs": inputs.args}
-
-
 def test_only_the_first_process_prints_and_writes(
     traced, replace, photos, tmp_path, capsys, monkeypatch
 ) -> None:
@@ -312,13 +281,11 @@ def test_only_the_first_process_prints_and_writes(
     compress = replace("compress", traced.result)
     replace("report", Report())
     sweep = replace("sweep", Report())
-    export, save = replace("export_onnx", None), replace("save", None, artifact)
     rest = ["m", "--data", str(photos), "--size", "8", "--out", str(tmp_path / "out")]
     assert cli.main(["compress", "--k", "1", *rest]) == 0
     assert cli.main(["sweep", *rest]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    assert export.calls == [] and save.calls == []
     assert compress.kwargs["progress"] is False and sweep.kwargs["progress"] is False
 
 
@@ -376,7 +343,9 @@ def test_settings_of_sweep_and_compress_are_their_keywords() -> None:
         args = parser.parse_args(
             [command, "m", "--data", "d", *(["--k", "1"] if command == "compress" else [])]
         )
-        given = {*cli._scoring(args, True), *(cli._GOALS if command == "compress" else ())}
+        given = cli._asked_for(
+            args, (*cli._SHARED, *(cli._GOALS if command == "compress" else ())), True
+        ).keys()
         assert given <= inspect.signature(function).parameters.keys()
 
 

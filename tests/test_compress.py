@@ -62,7 +62,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in (
         "fxprune.timing.latency.compare",
-        "fxprune.timing.savings.compare",
         "fxprune.scoring.cached.CachedScorer.fit",
         "fxprune.scoring.cached.CachedScorer.prepare",
     ):
@@ -483,7 +482,7 @@ def test_savings_lost_in_the_noise_are_never_cut(monkeypatch: pytest.MonkeyPatch
         return 0.8 if first_stage else 0.99
 
     monkeypatch.setattr(
-        "fxprune.timing.savings.compare",
+        "fxprune.timing.latency.compare",
         lambda before, candidates, inputs, **rest: tuple(
             comparison(1.0, ratio(candidate), spread=0.02) for candidate in candidates
         ),

@@ -15,10 +15,11 @@ from fxprune.calibration.drawing import draw
 from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
-from fxprune.options import RECIPES, FitSettings, Recipe
+from fxprune.options import RECIPES, FitSettings
 from fxprune.recovery import recover as recovery
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.optimizers import WidthAdam
+from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
 from tests.tiny import images, tiny
 
@@ -91,10 +92,8 @@ def recovered(
 ) -> Recovered:
     gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]
     region = fxprune.discover(gm).regions[0]
-    recipe = RECIPES["fast"]
-    mimic = replace(recipe.mimic, batch_size=6, augment=False, **{"iterations": 30, **settings})  # type: ignore[arg-type]
-    recipe = Recipe("test", "cached", recipe.adaptor, mimic, True, "greedy")
-    return recovery.recover(gm, [region], {}, find_tap(gm), draw([pictures]), recipe, device="cpu", seed=0)
+    mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **{"iterations": 30, **settings})  # type: ignore[arg-type]
+    return recovery.recover(Original(gm, find_tap(gm), draw([pictures])), [region], {}, mimic)
 
 
 def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> None:

@@ -25,7 +25,7 @@ from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.features import FeatureReader, surviving_tap
 from fxprune.recovery.recover import cut_and_fold
 from fxprune.recovery.training import fit_features, trainable_parameters
-from fxprune.scoring.end_to_end import fit_end_to_end
+from fxprune.scoring.end_to_end import EndToEndScorer
 from fxprune.scoring.fingerprint import fingerprint_of
 from fxprune.scoring.scorer import fit_all
 from fxprune.scoring.store import ScoreStore
@@ -58,9 +58,8 @@ class EndToEnd:
             os._exit(9)
         if self.fails_at in labels:
             raise CalibrationError(f"the loss of {self.fails_at} is nan")
-        n = self.network
         settings = FitSettings(iterations=2, batch_size=5)
-        return fit_end_to_end(n.gm, regions, n.tap, n.calibration, settings, device="cpu", seed=0)
+        return EndToEndScorer(self.network.original, settings).fit(regions)
 
     def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         return self.fit(regions).loss
@@ -71,13 +70,13 @@ class EndToEnd:
 
 def recovered(network: Tiny, settings: FitSettings, *, shared: bool) -> dict[str, Tensor]:
     regions = network.regions[1:2]
-    student, _ = cut_and_fold(network.gm, regions, {}, network.tap, network.calibration, device="cpu")
+    student, _ = cut_and_fold(network.original, regions, {})
     readers = (
         FeatureReader(network.gm, network.tap),
         FeatureReader(student, surviving_tap(network.tap, regions)),
     )
     parameters = trainable_parameters(readers[1].part)
-    fit_features(*readers, parameters, network.calibration, settings, device="cpu", seed=0, shared=shared)
+    fit_features(*readers, parameters, network.original, settings, shared=shared)
     return {name: value.contiguous() for name, value in student.state_dict().items()}
 
 
@@ -125,7 +124,7 @@ def work_together(folder: Path) -> None:
 
 def score_with_store(folder: Path, fails_at: str = "", dies_at: str = "") -> None:
     network = tiny()
-    key = fingerprint_of(network.gm, network.calibration, {})
+    key = fingerprint_of(network.original, {})
     store = group.main_first(lambda: ScoreStore(folder, key))
     scorer = StoredScorer(EndToEnd(network, fails_at, dies_at), store)
     fit_all(scorer, [[region] for region in network.regions])
@@ -233,7 +232,7 @@ def test_objects_travel_from_the_main_process(together: Path) -> None:
 
 
 def finished(folder: Path) -> int:
-    return len(list(folder.glob("score-*.safetensors")))
+    return len(list(folder.glob("*/score-*.safetensors")))
 
 
 def test_a_process_that_fails_tells_the_others_why_and_loses_no_score(together: Path) -> None:
@@ -249,7 +248,7 @@ def test_a_process_that_dies_ends_the_others_and_loses_no_score(together: Path) 
     assert told in (together / "output-0.txt").read_text()
     assert finished(together / "died") == 4
     network = tiny()
-    store = ScoreStore(together / "died", fingerprint_of(network.gm, network.calibration, {}))
+    store = ScoreStore(together / "died", fingerprint_of(network.original, {}))
     scorer = StoredScorer(EndToEnd(network), store)
     fits = fit_all(scorer, [[region] for region in network.regions])
     assert (scorer.reused, scorer.computed) == (4, 2)

@@ -25,6 +25,7 @@ from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions
 from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.replacement import replace_submodule
+from fxprune.recovery.original import Original
 from fxprune.recovery.recover import recover
 
 
@@ -326,9 +327,8 @@ def compress_part(
     part = part_of(model, path, example.args).requires_grad_(False)
     regions = first_two(discover(part, kinds=kinds).regions)
     assert len(regions) == 2
-    recipe = recipe_named("fast")
-    recipe = replace(recipe, mimic=replace(recipe.mimic, iterations=2, batch_size=2, learning_rate=1e-6))
-    recovered = recover(part, regions, {}, output_tap(part), calibration, recipe, device="cpu", seed=0)
+    settings = replace(recipe_named("fast").mimic, iterations=2, batch_size=2, learning_rate=1e-6)
+    recovered = recover(Original(part, output_tap(part), calibration), regions, {}, settings)
     assert recovered.loss_before > 0
     model.eval()
     with torch.no_grad():

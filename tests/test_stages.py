@@ -14,8 +14,8 @@ from torch import fx, nn
 import fxprune
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
 from fxprune.measurements import LatencyComparison
-from fxprune.pipeline import job as job_module
-from fxprune.pipeline import stages
+from fxprune.pipeline import opening, stages, targets
+from fxprune.pipeline.job import StageTimes
 from fxprune.scoring.cached import CachedScorer
 from fxprune.selection.planner import Planner
 from tests.doubles import brief, comparison, count_latency
@@ -125,14 +125,14 @@ def test_a_target_beyond_every_network_says_how_far_one_can_go(work) -> None:
 def test_a_target_that_only_the_last_measurement_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def compare_plans(
-        job: Any, networks: Sequence[nn.Module], settings: Any = None
+    def latencies_without(
+        job: Any, sets: Sequence[Any], settings: Any = None
     ) -> tuple[LatencyComparison, ...]:
-        asked.append(len(networks))
+        asked.append(len(sets))
         # promising at first, disappointing ever after
-        return tuple(comparison(1.0, 0.1 if len(asked) == 1 else 0.97) for _ in networks)
+        return tuple(comparison(1.0, 0.1 if len(asked) == 1 else 0.97) for _ in sets)
 
-    monkeypatch.setattr(stages, "compare_plans", compare_plans)
+    monkeypatch.setattr(targets, "latencies_without", latencies_without)
     with pytest.raises(OptionError, match=r"out of reach: the furthest plan is 1.03 times as fast \(torch\)"):
         compress(target_speedup=1.5)
     assert len(asked) > 1
@@ -146,7 +146,7 @@ def test_least_agreement_is_taken_on_images_kept_apart() -> None:
 
 
 def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fxprune.api.agreement", lambda job, small, images: 0.5)
+    monkeypatch.setattr("fxprune.pipeline.closing.agreement", lambda job, small, images: 0.5)
     with pytest.raises(OptionError, match=r"min_agreement is 0.9, but without body.* agrees .* on 0.500 of"):
         compress(1, min_agreement=0.9, out=tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["held_back_agreement"] == 0.5
@@ -262,7 +262,7 @@ def test_a_report_comes_from_compress_alone() -> None:
 
 
 def test_the_clock_adds_up() -> None:
-    clock = job_module.Clock()
+    clock = StageTimes()
     for _ in range(2):
         with clock("a"):
             pass
@@ -280,7 +280,7 @@ def test_exact_selection_needs_k() -> None:
 def test_mimicking_has_the_memory_of_the_scorer_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     held: list[object] = []
-    build, mimic = job_module.make_scorer, stages.recover
+    build, mimic = opening.make_scorer, stages.recover
 
     def make_scorer(*args: Any, **settings: Any) -> Any:
         made.append(build(*args, **settings))
@@ -290,7 +290,7 @@ def test_mimicking_has_the_memory_of_the_scorer_to_itself(monkeypatch: pytest.Mo
         held.append(made[0]._cache)
         return mimic(*args, **settings)
 
-    monkeypatch.setattr(job_module, "make_scorer", make_scorer)
+    monkeypatch.setattr(opening, "make_scorer", make_scorer)
     monkeypatch.setattr(stages, "recover", recover)
     compress(1)
     assert held == [None]
@@ -312,7 +312,7 @@ def test_too_few_savings_are_told_before_anything_is_scored(
     def noisy(before: object, candidates: Sequence[object], inputs: Any, **rest: Any) -> Any:
         return tuple(comparison(1.0, 0.9, spread=0.2) for _ in candidates)
 
-    monkeypatch.setattr("fxprune.timing.savings.compare", noisy)
+    monkeypatch.setattr("fxprune.timing.latency.compare", noisy)
     with pytest.raises(
         OptionError, match=r"k is 1, but only 0 regions.*no saving was seen for: body\.0, body\.1"
     ):

@@ -30,9 +30,10 @@ from fxprune.graph.trace import trace
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import Backend, FitSettings
 from fxprune.recovery.adaptors import AdaptorFit
+from fxprune.recovery.original import Original
 from fxprune.scoring.fingerprint import Fingerprint, fingerprint_of
 from fxprune.scoring.store import ScoreStore
-from fxprune.scoring.stored import StoredScorer, stored_latency
+from fxprune.scoring.stored import StoredScorer, stored_latencies
 from tests.motifs import Basic, conv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,10 @@ class Tiny:
     regions: tuple[Region, ...]
     tap: tuple[str, ...]
     calibration: CalibrationSet
+
+    @property
+    def original(self) -> Original:
+        return Original(self.gm, self.tap, self.calibration)
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> Tiny:
@@ -102,7 +107,7 @@ def network() -> Tiny:
 
 @pytest.fixture
 def key(network: Tiny) -> Fingerprint:
-    return fingerprint_of(network.gm, network.calibration, SETTINGS)
+    return fingerprint_of(network.original, SETTINGS)
 
 
 def test_a_kept_fit_comes_back_bit_for_bit_whatever_the_order_of_its_regions(
@@ -203,7 +208,7 @@ def test_what_began_elsewhere_is_another_fit(tmp_path: Path, network: Tiny, key:
 
 def score_slowly(folder: str) -> None:
     network = tiny()
-    store = ScoreStore(folder, fingerprint_of(network.gm, network.calibration, SETTINGS))
+    store = ScoreStore(folder, fingerprint_of(network.original, SETTINGS))
     scorer = StoredScorer(Pretender(pause_s=0.3), store)
     for region in network.regions:
         scorer.fit([region])
@@ -214,12 +219,12 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, network: Tiny, ke
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment, cwd=ROOT) as run:
         limit = time.monotonic() + 50
-        while len(list(tmp_path.glob("score-*"))) < 3:
+        while len(list(tmp_path.glob("*/score-*"))) < 3:
             assert run.poll() is None
             assert time.monotonic() < limit
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
-    finished = len(list(tmp_path.glob("score-*")))
+    finished = len(list(tmp_path.glob("*/score-*")))
     assert 3 <= finished < BLOCKS
     # the other process hashed graph, weights, images and settings to the same key
     scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
@@ -232,25 +237,25 @@ def altered_weights(network: Tiny) -> Fingerprint:
     other = tiny()
     with torch.no_grad():
         next(other.gm.parameters()).view(-1)[0] += 1e-6
-    return fingerprint_of(other.gm, network.calibration, SETTINGS)
+    return fingerprint_of(other.original, SETTINGS)
 
 
 def altered_graph(network: Tiny) -> Fingerprint:
     other = tiny()
     next(m for m in other.gm.modules() if isinstance(m, nn.BatchNorm2d)).eps = 1e-4
-    return fingerprint_of(other.gm, network.calibration, SETTINGS)
+    return fingerprint_of(other.original, SETTINGS)
 
 
 def altered_images(network: Tiny) -> Fingerprint:
-    return fingerprint_of(network.gm, network.calibration.split(0.5, 0)[0], SETTINGS)
+    return fingerprint_of(replace(network.original, images=network.calibration.split(0.5, 0)[0]), SETTINGS)
 
 
 def altered_settings(network: Tiny) -> Fingerprint:
-    return fingerprint_of(network.gm, network.calibration, {**SETTINGS, "seed": 1})
+    return fingerprint_of(network.original, {**SETTINGS, "seed": 1})
 
 
 def altered_versions(network: Tiny) -> Fingerprint:
-    return replace(fingerprint_of(network.gm, network.calibration, SETTINGS), versions='{"torch": "0.4"}')
+    return replace(fingerprint_of(network.original, SETTINGS), versions='{"torch": "0.4"}')
 
 
 @pytest.mark.parametrize(
@@ -269,32 +274,50 @@ def test_another_run_starts_anew_and_says_why(
     region = network.regions[:1]
     store = ScoreStore(tmp_path, key)
     store.put(region, Pretender().fit(region))
-    store.put_record("latency", [1])
-    mine = [tmp_path / "score-notes.txt", tmp_path / "report.json"]
-    for path in mine:
-        path.write_text("mine")
+    store.put_record("latency", "all", [1])
+    (tmp_path / "report.json").write_text("mine")
     with caplog.at_level(logging.WARNING):
         new = ScoreStore(tmp_path, alter(network))
     assert f"starting anew, because these changed: {reason}" in caplog.text
-    assert caplog.text.count(";") == 1  # one part changed, not several
+    assert caplog.text.count(";") == 1 + caplog.text.count("features")  # one part changed, not several
     assert new.get(region) is None
-    assert new.get_record("latency") is None
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["key.json", *(p.name for p in mine)])
+    assert new.get_record("latency", "all") is None
     caplog.clear()
     ScoreStore(tmp_path, alter(network))
     assert caplog.text == ""
 
 
-def test_a_store_left_open_by_another_run_does_not_mix_with_this_one(
+def test_going_back_to_an_earlier_question_finds_its_answers(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    region = network.regions[:1]
+    fit = Pretender().fit(region)
+    ScoreStore(tmp_path, key).put(region, fit)
+    ScoreStore(tmp_path, altered_settings(network)).put(region, replace(fit, loss=9.0))
+    found = [ScoreStore(tmp_path, k).get(region) for k in (key, altered_settings(network))]
+    assert [one.loss for one in found if one is not None] == [fit.loss, 9.0]
+
+
+def test_a_file_of_another_run_is_not_taken_for_this_ones(
     tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = ScoreStore(tmp_path, altered_settings(network))
-    new = ScoreStore(tmp_path, key)
+    old, new = ScoreStore(tmp_path, altered_settings(network)), ScoreStore(tmp_path, key)
     old.put(network.regions[:1], Pretender().fit(network.regions[:1]))
-    old.put_record("latency", [1])
+    old.put_record("latency", "all", [1])
+    for path in old.folder.glob("*-*"):
+        path.rename(new.folder / path.name)
     assert new.get(network.regions[:1]) is None
-    assert new.get_record("latency") is None
+    assert new.get_record("latency", "all") is None
     assert caplog.text.count("belongs to another run") == 2
+
+
+def test_an_entry_is_known_by_its_content_and_not_by_its_label(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    store, (first, second) = ScoreStore(tmp_path, key), network.regions[:2]
+    store.put([first], Pretender().fit([first]))
+    assert store.get([replace(second, label=first.label)]) is None
+    assert store.get([replace(first, label="renamed")]) is not None
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
@@ -304,7 +327,7 @@ def test_a_damaged_score_is_computed_again(
     region = network.regions[:1]
     scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
     wanted = scorer.fit(region)
-    (path,) = tmp_path.glob("score-*")
+    (path,) = tmp_path.glob("*/score-*")
     data = path.read_bytes()
     bad = {"cut": data[:-9], "empty": b"", "flipped": data[:-1] + bytes([data[-1] ^ 1]), "text": b"x" * 99}
     path.write_bytes(bad[damage])
@@ -316,33 +339,24 @@ def test_a_damaged_score_is_computed_again(
     assert (scorer.computed, scorer.reused, caplog.text) == (2, 1, "")
 
 
-def test_a_damaged_key_costs_no_score(
+def test_a_loss_that_was_changed_is_seen(
     tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store, region = ScoreStore(tmp_path, key), network.regions[:1]
+    store.put(region, AdaptorFit({}, 0.5, 0.75))
+    (path,) = tmp_path.glob("*/score-*")
+    path.write_bytes(path.read_bytes().replace(b'loss\\": 0.5', b'loss\\": 0.4'))
+    assert store.get(region) is None
+    assert "wrong checksum" in caplog.text
+
+
+def test_a_damaged_key_costs_no_score(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
     region = network.regions[:1]
-    ScoreStore(tmp_path, key).put(region, Pretender().fit(region))
-    (tmp_path / "key.json").write_text('{"graph":')
+    store = ScoreStore(tmp_path, key)
+    store.put(region, Pretender().fit(region))
+    (store.folder / "key.json").write_text('{"graph":')
     assert ScoreStore(tmp_path, key).get(region) is not None
-    assert "written again" in caplog.text
-
-
-def test_another_programs_folder_is_left_alone(tmp_path: Path, key: Fingerprint) -> None:
-    (tmp_path / "key.json").write_text('{"mine": 1}')
-    with pytest.raises(ArtifactError, match=r"not fxprune's.*name another folder"):
-        ScoreStore(tmp_path, key)
-    assert (tmp_path / "key.json").read_text() == '{"mine": 1}'
-
-
-def test_half_written_files_of_a_dead_run_are_cleared_once_they_are_old(
-    tmp_path: Path, key: Fingerprint
-) -> None:
-    name = f".score-{'0' * 64}-123-0123abcd.safetensors"
-    (tmp_path / name).write_bytes(b"half")
-    ScoreStore(tmp_path, key)
-    assert (tmp_path / name).exists()  # perhaps another process's, being written now
-    os.utime(tmp_path / name, (0, 0))
-    ScoreStore(tmp_path, key)
-    assert [p.name for p in tmp_path.iterdir()] == ["key.json"]
+    assert json.loads((store.folder / "key.json").read_text())["graph"] == key.graph
 
 
 def test_a_full_disk_is_said_plainly_and_loses_nothing(
@@ -360,7 +374,7 @@ def test_a_full_disk_is_said_plainly_and_loses_nothing(
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(ArtifactError, match=r"disk is full.*The 1 scores finished before are kept in"):
             scorer.fit(network.regions[1:2])
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(scorer._store.folder.iterdir())) == 2
     again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
     for region in network.regions[:2]:
         again.fit([region])
@@ -369,7 +383,7 @@ def test_a_full_disk_is_said_plainly_and_loses_nothing(
 
 def test_settings_are_compared_by_value(network: Tiny) -> None:
     def digest(settings: dict[str, object]) -> str:
-        return fingerprint_of(network.gm, network.calibration, settings).digest
+        return fingerprint_of(network.original, settings).digest
 
     fit = FitSettings(iterations=3)
     backend: Backend = "torch"
@@ -384,37 +398,41 @@ def comparison(ratio: float) -> LatencyComparison:
     return LatencyComparison(latency, replace(latency, median_s=ratio / 3e3), ratio, Interval(0.1, 0.2))
 
 
-def test_latencies_are_measured_once_for_all_runs(tmp_path: Path, key: Fingerprint) -> None:
-    measured = (comparison(0.7), comparison(1 / 3))
-    calls = []
+def test_latencies_are_measured_once_for_all_runs(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
+    sets = [[region] for region in network.regions[:3]]
+    calls: list[int] = []
 
-    def measure() -> tuple[LatencyComparison, ...]:
-        calls.append(1)
-        return measured
+    def measure(missing: Sequence[Sequence[Region]]) -> tuple[LatencyComparison, ...]:
+        calls.append(len(missing))
+        return tuple(comparison(1 / (7 + network.regions.index(one[0]))) for one in missing)
 
+    wanted = measure(sets)
     for _ in range(2):
-        assert stored_latency(ScoreStore(tmp_path, key), "savings", measure) == measured
-    assert len(calls) == 1
-    assert stored_latency(ScoreStore(tmp_path, key), "final", measure) == measured
-    assert stored_latency(None, "savings", measure) == measured
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"fingerprint": "KEY", "value": [{"ratio": 1}]}'])
-def test_damaged_latencies_are_measured_again(
-    tmp_path: Path, key: Fingerprint, caplog: pytest.LogCaptureFixture, content: str
-) -> None:
+        assert stored_latencies(ScoreStore(tmp_path, key), sets[:2], {"batch": 8}, measure) == wanted[:2]
+    # what is known already is neither measured again nor taken for something else
     store = ScoreStore(tmp_path, key)
-    (tmp_path / "record-savings.json").write_text(content.replace("KEY", key.digest))
-    assert stored_latency(store, "savings", lambda: [comparison(0.5)]) == (comparison(0.5),)
+    assert stored_latencies(store, sets[::-1], {"batch": 8}, measure) == wanted[::-1]
+    assert stored_latencies(store, sets[:1], {"batch": 9}, measure) == wanted[:1]
+    assert stored_latencies(None, sets[:2], {"batch": 8}, measure) == wanted[:2]
+    assert calls == [3, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", "cut", "changed", "other fields"])
+def test_damaged_latencies_are_measured_again(
+    tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    store, sets = ScoreStore(tmp_path, key), [network.regions[:1]]
+    assert stored_latencies(store, sets, {}, lambda _: [comparison(0.25)]) == (comparison(0.25),)
+    (path,) = store.folder.glob("latency-*")
+    text = path.read_text()
+    if content == "other fields":
+        store.put_record("latency", json.loads(text)["content"], {"ratio": 1})
+    else:
+        bad = {"cut": text[:-9], "changed": text.replace('"ratio": 0.25', '"ratio": 0.05')}
+        path.write_text(bad.get(content, content))
+    assert stored_latencies(store, sets, {}, lambda _: [comparison(0.5)]) == (comparison(0.5),)
     assert "again" in caplog.text
-    assert json.loads((tmp_path / "record-savings.json").read_text())["value"][0]["ratio"] == 0.5
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "a b"])
-def test_a_record_needs_a_plain_name(tmp_path: Path, key: Fingerprint, name: str) -> None:
-    with pytest.raises(OptionError, match="cannot be named"):
-        ScoreStore(tmp_path, key).put_record(name, 1)
+    assert json.loads(path.read_text())["value"]["ratio"] == 0.5
 
 
 if __name__ == "__main__":

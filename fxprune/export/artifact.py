@@ -49,7 +49,7 @@ def frozen_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
     return duplicate.requires_grad_(False).to(device)
 
 
-def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor]) -> None:
+def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor]) -> None:
     """Keep a network: `model.pt2` (graph and weights) and `model.safetensors` (weights alone).
 
     The batch size stays free in `model.pt2` wherever the network allows it.

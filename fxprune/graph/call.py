@@ -72,6 +72,19 @@ class Inputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def given(self) -> tuple[Any, ...] | dict[str, Any]:
+        """The arguments as tracing and exporting take them: all by position or all by name.
+
+        Raises:
+            GraphError: Some are given by position, others by name.
+        """
+        if self.args and self.kwargs:
+            raise GraphError(
+                f"{len(self.args)} inputs are given by position and {', '.join(self.kwargs)} by name; give all one way"
+            )
+        return self.kwargs or self.args
+
+    @property
     def batch_size(self) -> int:
         """Number of images."""
         return int(self.tensors()[0].shape[0])

@@ -22,7 +22,6 @@ from fxprune.errors import DistributedError, FxpruneError
 from fxprune.graph.call import Inputs
 
 __all__ = [
-    "average_gradients",
     "ensure_group",
     "is_main",
     "leave_group",
@@ -33,7 +32,8 @@ __all__ = [
     "share_buffers",
     "share_of",
     "share_out",
-    "total",
+    "sum_gradients",
+    "sum_over_ranks",
     "world_size",
 ]
 
@@ -162,13 +162,19 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def share_out(
-    work: Sequence[Callable[[], T]], run: Callable[[Sequence[Callable[[], T]]], list[T]]
+    work: Sequence[Callable[[], T]],
+    run: Callable[[Sequence[Callable[[], T]]], list[T]],
+    *,
+    doing: str,
+    results: str,
 ) -> list[T]:
     """The results of some calls, each made by one process: rank r makes `work[r::world]`.
 
     Args:
         work: The same list on every rank. Results travel between processes: tensors should be on the CPU.
         run: Makes this process's calls, in order.
+        doing: What the calls do, for errors.
+        results: What they yield, likewise.
 
     Returns:
         One result for each call, in their order and the same on every rank.
@@ -181,13 +187,13 @@ def share_out(
         return run(work)
     mine, error = _attempt(lambda: run(work[rank() :: world]))
     gathered: list[Any] = [None] * world
-    with _reported("gathering results"):
+    with _reported(f"gathering {results}"):
         dist.all_gather_object(gathered, (mine, None if error is None else _name(error)))
     if error is not None:
         raise error
     failures = [f"rank {r}: {failure}" for r, (_, failure) in enumerate(gathered) if failure is not None]
     if failures:
-        raise DistributedError(f"work failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
+        raise DistributedError(f"{doing} failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
     return [gathered[i % world][0][i // world] for i in range(len(work))]
 
 
@@ -217,7 +223,7 @@ def share_of(batch: Inputs) -> tuple[Inputs, float]:
     return batch.map(lambda tensor: tensor[rows]), weight
 
 
-def total(value: Tensor) -> Tensor:
+def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a detached value over all ranks, on every rank.
 
     Raises:
@@ -230,7 +236,7 @@ def total(value: Tensor) -> Tensor:
     return summed
 
 
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replaces gradients of weighted losses (see `share_of`) by their sum over all ranks: those of the whole batch.
 
     Raises:

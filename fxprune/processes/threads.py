@@ -6,16 +6,19 @@ other rather than busy. Candidates know nothing of each other, so several of the
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from fxprune.errors import OptionError
 
-__all__ = ["side_by_side", "using_threads"]
+__all__ = ["default_threads", "side_by_side", "usable_cores", "using_threads"]
 
 T = TypeVar("T")
 
@@ -36,6 +39,20 @@ def using_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def default_threads() -> int:
+    """Torch's present number of threads, or as many as this process may use cores if those are fewer."""
+    return min(torch.get_num_threads(), usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the processor time that its control group is given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def side_by_side(work: Sequence[Callable[[], T]], most: int) -> list[T]:

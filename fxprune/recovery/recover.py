@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
-from fxprune.options import FitSettings, Recipe
+from fxprune.options import FitSettings
 from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.original import Original
 from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
 
 __all__ = ["Recovered", "cut_and_fold", "recover"]
@@ -45,29 +45,20 @@ class Recovered:
 
 @torch.no_grad()
 def cut_and_fold(
-    gm: fx.GraphModule,
-    regions: Sequence[Region],
-    maps: Mapping[AdaptorSite, Tensor],
-    tap: Sequence[str],
-    calibration: CalibrationSet,
-    *,
-    device: str,
+    original: Original, regions: Sequence[Region], maps: Mapping[AdaptorSite, Tensor]
 ) -> tuple[fx.GraphModule, float | None]:
     """A copy of a network without some regions, with fitted adaptors folded in.
 
     Args:
-        gm: The original; copied.
+        original: The network; copied.
         regions: What to drop.
         maps: Adaptors by site; sites without a map get none.
-        tap: Where the fold is checked.
-        calibration: Images to check it on.
-        device: Where `gm` is.
 
     Returns:
         The copy, and the fold error: the largest difference of the features between adaptors in place and folded,
         relative to the largest feature; None when there are no maps.
     """
-    student = copy.deepcopy(gm)
+    student = copy.deepcopy(original.graph)
     DropRegions(regions)(student)
     if not maps:
         return student, None
@@ -76,8 +67,8 @@ def cut_and_fold(
         if isinstance(module, Adaptor):
             module.weight.copy_(maps[module.site])
             module.weight.requires_grad_(False)
-    survivors = surviving_tap(tap, regions)
-    example = calibration.example(8).to(device)
+    survivors = surviving_tap(original.tap, regions)
+    example = original.images.example(8).to(original.device)
     inserted = FeatureReader(student, survivors)(example)
     FoldAdaptors()(student)
     folded = FeatureReader(student, survivors)(example)
@@ -87,61 +78,43 @@ def cut_and_fold(
 
 
 def recover(
-    gm: fx.GraphModule,
+    original: Original,
     regions: Sequence[Region],
     maps: Mapping[AdaptorSite, Tensor],
-    tap: Sequence[str],
-    calibration: CalibrationSet,
-    recipe: Recipe,
+    settings: FitSettings,
     *,
-    device: str,
-    seed: int,
     progress: bool = False,
 ) -> Recovered:
     """Cuts a set of regions and repairs the rest by mimicking the original (MiR; PRACTISE, eq. 4).
 
     Args:
-        gm: The original, frozen.
+        original: The network; what lies behind its tap, the classifier, stays as it is.
         regions: What to drop.
         maps: Fitted adaptors to fold in first; empty for PRACTISE, which mimics from the bare cut.
-        tap: Where features are compared; what lies behind it, the classifier, stays as it is.
-        calibration: The images.
-        recipe: Its `mimic` settings are used.
-        device: Where `gm` is.
-        seed: Of order and augmentation.
+        settings: Of the mimicking.
         progress: Whether to draw a progress bar.
     """
-    student, fold_error = cut_and_fold(gm, regions, maps, tap, calibration, device=device)
-    teacher_reader = FeatureReader(gm, tap, fold=True)
-    student_reader = FeatureReader(student, surviving_tap(tap, regions))
-    before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
-    parameters = trainable_parameters(student_reader.part)
-    if not parameters or not recipe.mimic.iterations:
+    student, fold_error = cut_and_fold(original, regions, maps)
+    images, device = original.images, original.device
+    teacher = FeatureReader(original.graph, original.tap, fold=True)
+    reader = FeatureReader(student, surviving_tap(original.tap, regions))
+    before = mean_feature_loss(teacher, reader, images, device=device)
+    parameters = trainable_parameters(reader.part)
+    if not parameters or not settings.iterations:
         return Recovered(student, before, before, fold_error)
 
     def fit(settings: FitSettings) -> float:
-        fit_features(
-            teacher_reader,
-            student_reader,
-            parameters,
-            calibration,
-            settings,
-            device=device,
-            seed=seed,
-            progress=progress,
-            title="mimicking",
-            shared=True,
-        )
-        return mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
+        fit_features(teacher, reader, parameters, original, settings, progress=progress, shared=True)
+        return mean_feature_loss(teacher, reader, images, device=device)
 
-    settings, notes = _settings_for(student_reader.part, recipe.mimic)
+    settings, notes = _suited_to(reader.part, settings)
     after, undone = _fit_or_undo(student, fit, settings, before)
     for note in (*notes, *undone):
         logger.warning("%s", note)
     return Recovered(student, before, after, fold_error, (*notes, *undone))
 
 
-def _settings_for(part: fx.GraphModule, settings: FitSettings) -> tuple[FitSettings, list[str]]:
+def _suited_to(part: fx.GraphModule, settings: FitSettings) -> tuple[FitSettings, list[str]]:
     """The settings that suit a network's batch norms, and what the user should know about them."""
     notes: list[str] = []
     fixed = fixed_norms(part)

@@ -13,13 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from fxprune.calibration.augment import augmentation
-from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.operators import op_name
 from fxprune.options import FitSettings
-from fxprune.processes.group import average_gradients, is_main, share_buffers, share_of, total
+from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
 from fxprune.recovery.features import FeatureReader, feature_loss
 from fxprune.recovery.optimizers import RelativeAdam, WidthAdam
+from fxprune.recovery.original import Original
 
 __all__ = [
     "adaptable_norms",
@@ -113,7 +113,7 @@ def optimise(
     """
     optimizer = _optimizer(parameters, settings)
     for iteration, loss in enumerate(losses):
-        whole = total(loss) if shared else loss
+        whole = sum_over_ranks(loss) if shared else loss
         if not bool(torch.isfinite(whole)):
             raise CalibrationError(
                 f"the mimicking loss of {where} is {whole.item()} at iteration {iteration}; the images or the "
@@ -124,7 +124,7 @@ def optimise(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if shared:
-            average_gradients(parameters)
+            sum_gradients(parameters)
         optimizer.step()
 
 
@@ -132,11 +132,9 @@ def fit_features(
     teacher: FeatureReader,
     student: FeatureReader,
     parameters: Sequence[nn.Parameter],
-    calibration: CalibrationSet,
+    original: Original,
     settings: FitSettings,
     *,
-    device: str,
-    seed: int,
     progress: bool = False,
     title: str = "mimicking",
     shared: bool = False,
@@ -149,10 +147,8 @@ def fit_features(
         teacher: Reader of the original network.
         student: Reader of the network to train.
         parameters: What to train; everything else stays.
-        calibration: The images.
+        original: Its images, device and seed are used.
         settings: Optimiser, iterations, augmentation, mode of the batch norms.
-        device: Where both networks are.
-        seed: Of order and augmentation.
         progress: Whether to draw a progress bar.
         title: Of the bar, and in errors.
         shared: Whether all ranks train this one network together (see `fxprune.processes.group`): each takes its
@@ -165,8 +161,8 @@ def fit_features(
         DistributedError: Another rank ended.
     """
     augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
-    size = settings.images_per_step(calibration.pixels)
-    batches = calibration.stream(size, settings.iterations, seed, augment)
+    size = settings.images_per_step(original.images.pixels)
+    batches = original.images.stream(size, settings.iterations, original.seed, augment)
     bar = tqdm(
         batches, total=settings.iterations, desc=title, disable=not (progress and is_main()), leave=False
     )
@@ -174,7 +170,7 @@ def fit_features(
     def losses() -> Iterator[Tensor]:
         for batch in bar:
             part, weight = share_of(batch) if shared else (batch, 1.0)
-            inputs = part.to(device)
+            inputs = part.to(original.device)
             with torch.no_grad():
                 wanted = teacher(inputs)
             loss = feature_loss(student(inputs), wanted)

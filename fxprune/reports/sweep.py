@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxprune.measurements import LatencyComparison
@@ -43,6 +43,7 @@ class SweepReport:
         settings: What was asked for.
         durations: Seconds that each stage took.
         versions: Of the software and the machine.
+        files: SHA-256 (hex) of the files that stand beside `sweep.json`, by name.
     """
 
     points: tuple[SweepPoint, ...]
@@ -51,6 +52,7 @@ class SweepReport:
     settings: Mapping[str, Any]
     durations: Mapping[str, float]
     versions: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Everything as JSON text."""

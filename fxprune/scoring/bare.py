@@ -9,13 +9,13 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Region
 from fxprune.options import Criterion
 from fxprune.passes import DropRegions
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.original import Original
 
 __all__ = ["BareScorer"]
 
@@ -26,16 +26,8 @@ class BareScorer:
     continues = False
     workers = 1
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        tap: Sequence[str],
-        calibration: CalibrationSet,
-        criterion: Criterion,
-        device: str,
-    ) -> None:
-        self._gm, self._tap, self._calibration = gm, tap, calibration
-        self._criterion, self._device = criterion, device
+    def __init__(self, original: Original, criterion: Criterion) -> None:
+        self._original, self._criterion = original, criterion
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Nothing is shared."""
@@ -43,14 +35,13 @@ class BareScorer:
     @torch.no_grad()
     def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         """Measures the bare cut; there are no adaptors."""
-        student = share(self._gm)
+        one = self._original
+        student = share(one.graph)
         DropRegions(regions)(student)
         if self._criterion == "l2":
-            readers = (
-                FeatureReader(self._gm, self._tap),
-                FeatureReader(student, surviving_tap(self._tap, regions)),
-            )
-            loss = mean_feature_loss(*readers, self._calibration, device=self._device)
+            teacher = FeatureReader(one.graph, one.tap)
+            reader = FeatureReader(student, surviving_tap(one.tap, regions))
+            loss = mean_feature_loss(teacher, reader, one.images, device=one.device)
         else:
             loss = self._divergence(student)
         return AdaptorFit({}, loss, loss)
@@ -64,14 +55,16 @@ class BareScorer:
 
     def _divergence(self, student: fx.GraphModule) -> float:
         total = 0.0
-        for batch in self._calibration.batches(64):
-            inputs = batch.to(self._device)
-            wanted, found = (_logits(g(*inputs.args, **inputs.kwargs)) for g in (self._gm, student))
+        for batch in self._original.images.batches(64):
+            inputs = batch.to(self._original.device)
+            graphs = (self._original.graph, student)
+            wanted, found = (_logits(graph(*inputs.args, **inputs.kwargs)) for graph in graphs)
             divergence = F.kl_div(
                 F.log_softmax(found, -1), F.log_softmax(wanted, -1), log_target=True, reduction="none"
             )
-            total += float(divergence.sum()) / divergence[0].sum(-1).numel()
-        return total / self._calibration.size
+            positions = divergence[0].numel() // divergence.shape[-1]  # of one image: 1 for a classifier
+            total += float(divergence.sum()) / positions
+        return total / self._original.images.size
 
 
 def _logits(output: object) -> Tensor:

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxprune.calibration.batches import CalibrationSet
 from fxprune.discovery.dominance import flow_nodes
 from fxprune.errors import GraphError
 from fxprune.graph.operators import shape_of
@@ -29,6 +28,7 @@ from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.features import feature_loss
 from fxprune.recovery.least_squares import start_pre_adaptors
+from fxprune.recovery.original import Original
 from fxprune.recovery.training import optimise
 from fxprune.scoring.activations import Activations, bytes_per_image, example_batch, rows_per_image
 from fxprune.scoring.changed_part import ChangedPart
@@ -40,12 +40,8 @@ class CachedScorer:
     """Fits the adaptors of many candidates of one network, from one thread or several.
 
     Args:
-        gm: The original, frozen, with shapes, on `device`.
-        tap: Where features are compared.
-        calibration: The images.
+        original: The network.
         settings: Of the gradient fit; augmentation does not apply to cached activations.
-        device: Where to run.
-        seed: Of the order of batches.
         cache_bytes: Budget of the cached activations; fits side by side may take a quarter of it more.
         start_images: Images for the least squares, at most.
         loss_images: Images that the losses are taken over, at most.
@@ -60,21 +56,17 @@ class CachedScorer:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        tap: Sequence[str],
-        calibration: CalibrationSet,
+        original: Original,
         settings: FitSettings,
         *,
-        device: str,
-        seed: int,
         cache_bytes: int = 2 * 2**30,
         start_images: int = 64,
         loss_images: int = 128,
         at_waist: float = 0.5,
     ) -> None:
-        self._gm = gm
-        self._tap = tuple(tap)
-        flow, batch = flow_nodes(gm), example_batch(gm)
+        self._original = original
+        self._gm, self._tap, self._device = original.graph, original.tap, original.device
+        flow, batch = flow_nodes(self._gm), example_batch(self._gm)
         loose = [name for name in self._tap if rows_per_image(flow[name], batch) == 0]
         if loose:
             raise GraphError(
@@ -82,22 +74,21 @@ class CachedScorer:
                 "another tap, or use a recipe with scorer='end-to-end'",
                 nodes=loose,
             )
-        self._calibration = calibration
         self._settings = settings
-        self._device = device
-        self._seed = seed
         self._cache_bytes = cache_bytes
         self._start_images = start_images
         self._loss_images = loss_images
         self._at_waist = at_waist
-        self._index = OperatorIndex(gm)
+        self._index = OperatorIndex(self._gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
         self._waists: frozenset[str] = frozenset()
         self._threads = torch.get_num_threads()
         # torch.fx numbers what it compiles by a global counter, and there is one cache
         self._building = threading.Lock()
-        self.workers = max(1, cache_bytes // 4 // self._bytes_per_fit()) if device.startswith("cpu") else 1
+        self.workers = (
+            max(1, cache_bytes // 4 // self._bytes_per_fit()) if self._device.startswith("cpu") else 1
+        )
         self.peak_bytes = 0
 
     @torch.no_grad()
@@ -161,7 +152,7 @@ class CachedScorer:
                 self._cache = Activations(
                     self._gm,
                     list(dict.fromkeys(names)),
-                    self._calibration,
+                    self._original.images,
                     device=self._device,
                     budget=self._cache_bytes,
                 )
@@ -182,13 +173,13 @@ class CachedScorer:
         count = min(self._start_images, cache.images)
         inputs = [cache.first(name, count) for name in work.frontier]
         targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
-        start_pre_adaptors(work.above, inputs, targets)
+        start_pre_adaptors(work.to_waist, inputs, targets)
 
     def _descend(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
         parameters = adaptor_weights(work.part)
         if not parameters or not settings.iterations:
             return
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(self._original.seed)
 
         def losses() -> Iterator[Tensor]:
             batch = min(settings.batch_size, cache.images)
@@ -199,7 +190,7 @@ class CachedScorer:
                 chosen, order = order[:batch].to(self._device), order[batch:]
                 part, ends = work.part, self._tap
                 if work.waist is not None and iteration < self._at_waist * settings.iterations:
-                    part, ends = work.above, (work.waist,)
+                    part, ends = work.to_waist, (work.waist,)
                 features = part(*(cache.select(name, chosen) for name in work.frontier))
                 yield feature_loss(features, [cache.select(name, chosen) for name in ends])
 

@@ -34,7 +34,7 @@ class ChangedPart:
             feature maps at every step.
         waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
             tap, and that is among `waists` or no larger than the frontier's, if that is not the tap itself.
-        above: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
+        to_waist: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
         targets: Name of the node that each PRE operator read in the original, by operator.
     """
 
@@ -57,10 +57,10 @@ class ChangedPart:
             largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
             waists = {name for name in cacheable if bytes_of(flow[name]) <= largest}
         self.waist = _waist(self.part, candidate, sources, waists)
-        self.above = self.part
+        self.to_waist = self.part
         if self.waist is not None:
-            self.above = between(candidate.graph, self.frontier, [self.waist])
-            FoldBatchNorm()(self.above)
+            self.to_waist = between(candidate.graph, self.frontier, [self.waist])
+            FoldBatchNorm()(self.to_waist)
         FoldBatchNorm()(self.part)
         gone = {n for r in candidate.regions for n in r.body if n not in nodes} - {
             r.exit for r in candidate.regions

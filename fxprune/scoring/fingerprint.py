@@ -8,16 +8,21 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.calibration.batches import CalibrationSet
+from fxprune._version import VERSION
 from fxprune.errors import OptionError
+from fxprune.recovery.features import FeatureReader
+from fxprune.recovery.original import Original
 
 __all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "json_form"]
+
+
+_FEW = 4
+"""Images whose features are part of a fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,8 @@ class Fingerprint:
         graph: SHA-256 over the nodes, their targets and the settings of their modules.
         weights: SHA-256 over parameters and buffers.
         images: `CalibrationSet.fingerprint`.
+        features: SHA-256 over the network's features of a few images: what hooks and functions that tracing took for
+            leaves compute shows in nothing else.
         settings: The settings as canonical JSON.
         versions: Versions of fxprune and torch, as canonical JSON.
     """
@@ -35,6 +42,7 @@ class Fingerprint:
     graph: str
     weights: str
     images: str
+    features: str
     settings: str
     versions: str
 
@@ -65,16 +73,12 @@ def _difference(old: str, new: str) -> str:
         return "unreadable before"
 
 
-def fingerprint_of(
-    gm: fx.GraphModule, calibration: CalibrationSet, settings: Mapping[str, Any]
-) -> Fingerprint:
+def fingerprint_of(original: Original, settings: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint of one run's scores.
 
     Args:
-        gm: The original network.
-        calibration: The images.
-        settings: Whatever else scores depend on (recipe, criterion, seed, tap, backend, ...): JSON values, enums,
-            dataclasses. How many regions to drop is no part of it: other goals reuse the same scores.
+        original: The network and its images.
+        settings: Whatever else scores depend on (recipe, criterion, regions, ...): JSON values, enums, dataclasses.
 
     Raises:
         OptionError: A setting has no JSON form.
@@ -83,11 +87,25 @@ def fingerprint_of(
         plain = json.dumps(dict(settings), default=json_form, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise OptionError(f"the settings cannot be part of a fingerprint: {error}") from error
-    package = import_module("fxprune")  # at run time: the package itself lies above this layer
-    versions = {"fxprune": package.__version__, "torch": torch.__version__}
     return Fingerprint(
-        _hash_graph(gm), _hash_weights(gm), calibration.fingerprint(), plain, json.dumps(versions)
+        graph=_hash_graph(original.graph),
+        weights=_hash_weights(original.graph),
+        images=original.images.fingerprint(),
+        features=_hash_features(original),
+        settings=plain,
+        versions=json.dumps({"fxprune": VERSION, "torch": torch.__version__}),
     )
+
+
+@torch.no_grad()
+def _hash_features(original: Original) -> str:
+    reader = FeatureReader(original.graph, original.tap)
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        features = reader(original.images.example(_FEW).to(original.device))
+    digest = hashlib.sha256()
+    for one in features:
+        digest.update(bytes_of(one))
+    return digest.hexdigest()
 
 
 def json_form(value: object) -> Any:

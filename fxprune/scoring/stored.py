@@ -1,4 +1,4 @@
-"""Scorers and clocks that look into a store first, and keep there what they had to compute."""
+"""Scorers and clocks that look into a store first, and keep there at once what they had to compute."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fxprune.graph.regions import Region
-from fxprune.measurements import Interval, Latency, LatencyComparison
+from fxprune.measurements import LatencyComparison
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.scorer import Scorer
-from fxprune.scoring.store import ScoreStore, _hash
+from fxprune.scoring.store import ScoreStore, content_of
 
-__all__ = ["StoredScorer", "stored_latency"]
+__all__ = ["StoredScorer", "stored_latencies"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class StoredScorer:
         """
         stored = self._store.get(regions, start)
         if stored is not None:
-            with self._lock:
-                self.reused += 1
+            self._count_reused()
             return stored
         self._announce()
         fit = self._scorer.fit(regions, start)
@@ -78,20 +77,22 @@ class StoredScorer:
         Raises:
             ArtifactError: It was computed and cannot be written.
         """
-        name = f"estimate-{_hash(regions, start)}"
-        stored = self._store.get_record(name)
-        if isinstance(stored, float):
-            with self._lock:
-                self.reused += 1
+        stored = self._store.get_loss(regions, start)
+        if stored is not None:
+            self._count_reused()
             return stored
         self._announce()
         loss = self._scorer.estimate(regions, start)
-        self._store.put_record(name, loss)
+        self._store.put_loss(regions, start, loss)
         return loss
 
     def release(self) -> None:
         """Lets the scorer free its memory; the store stays."""
         self._scorer.release()
+
+    def _count_reused(self) -> None:
+        with self._lock:
+            self.reused += 1
 
     def _announce(self) -> None:
         """Before a set is computed: what the scorer prepares for the first serves all, so the others wait for it."""
@@ -101,35 +102,47 @@ class StoredScorer:
                 self._scorer.prepare(self._announced.pop(0))
 
 
-def stored_latency(
-    store: ScoreStore | None, name: str, measure: Callable[[], Sequence[LatencyComparison]]
+def stored_latencies(
+    store: ScoreStore | None,
+    sets: Sequence[Sequence[Region]],
+    conditions: Mapping[str, Any],
+    measure: Callable[[Sequence[Sequence[Region]]], Sequence[LatencyComparison]],
 ) -> tuple[LatencyComparison, ...]:
-    """Measured latencies, once for all runs of one store: noise must not change a resumed run's plan.
+    """Latencies of the network without some sets of regions, measured once for all runs of one store.
+
+    Noise must not change the plan of a run that goes on.
 
     Args:
         store: Where they are kept; None measures in any case.
-        name: Of the record, see `ScoreStore.put_record`.
-        measure: Called where there is no record.
+        sets: What is left out each time.
+        conditions: Backend, device, batch, threads, how long to go on: whatever else the figures depend on.
+        measure: Called once, with the sets that no record answers.
+
+    Returns:
+        One comparison for each set, in their order.
 
     Raises:
         ArtifactError: They were measured and cannot be written.
     """
-    found = None if store is None else store.get_record(name)
-    if found is not None:
-        try:
-            return tuple(_comparison(fields) for fields in found)
-        except (TypeError, KeyError) as error:
-            logger.warning("the latencies kept as %r cannot be read and are measured again: %s", name, error)
-    measured = tuple(measure())
-    if store is not None:
-        store.put_record(name, [asdict(comparison) for comparison in measured])
-    return measured
+    if store is None:
+        return tuple(measure(sets))
+    contents = [{"without": content_of(regions), **conditions} for regions in sets]
+    found = [_read(store, content) for content in contents]
+    missing = [i for i, one in enumerate(found) if one is None]
+    if missing:
+        measured = measure([sets[i] for i in missing])
+        for i, one in zip(missing, measured, strict=True):
+            store.put_record("latency", contents[i], asdict(one))
+            found[i] = one
+    return tuple(one for one in found if one is not None)
 
 
-def _comparison(fields: Mapping[str, Any]) -> LatencyComparison:
-    before, after = (
-        Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
-        for side in ("before", "after")
-    )
-    interval = Interval(**fields["interval"])
-    return LatencyComparison(before, after, float(fields["ratio"]), interval, int(fields["shared_by"]))
+def _read(store: ScoreStore, content: Mapping[str, Any]) -> LatencyComparison | None:
+    fields = store.get_record("latency", content)
+    if fields is None:
+        return None
+    try:
+        return LatencyComparison.from_dict(fields)
+    except (TypeError, KeyError, ValueError) as error:
+        logger.warning("a latency that was kept cannot be read and is measured again: %s", error)
+        return None

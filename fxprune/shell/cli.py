@@ -22,9 +22,9 @@ from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_mea
 
 __all__ = ["main"]
 
-_SCORING = (
-    *("recipe", "criterion", "selection", "backend", "device", "kinds", "tap", "images", "latency_batch"),
-    *("seed", "threads", "out"),
+_SHARED = (
+    *("recipe", "criterion", "selection", "backend", "device", "kinds", "tap", "images"),
+    *("latency_batch", "seed", "threads", "out"),
 )
 _GOALS = ("k", "target_speedup", "target_latency_ms", "min_agreement", "submodule")
 
@@ -128,61 +128,33 @@ def _together() -> Iterator[bool]:
         group.leave_group()
 
 
-def _scoring(args: argparse.Namespace, talks: bool) -> dict[str, Any]:
-    """The keywords that `fxprune.compress` and `fxprune.sweep` share."""
+def _asked_for(args: argparse.Namespace, names: Sequence[str], talks: bool) -> dict[str, Any]:
+    """Keywords of `fxprune.compress` and `fxprune.sweep`."""
     return {
-        **{name: getattr(args, name) for name in _SCORING},
-        "cache_bytes": args.cache_mib * 2**20,
+        **{name: getattr(args, name) for name in names},
         "ignore": tuple(args.ignore),
+        "cache_bytes": args.cache_mib * 2**20,
         "progress": talks and not args.no_progress,
     }
 
 
 def _compress(args: argparse.Namespace) -> None:
     import fxprune
-    from fxprune.export import artifact
 
     with _together() as talks:
-        out = None if args.out is None else artifact.check_writable(args.out)
-        model = _model(args)
-        loader = _images(args, talks)
-        example = next(iter(loader))[:1]
-        # a network that is compressed in part need not be traceable as a whole
-        original = model if args.submodule else fxprune.trace(model, example)
-        goals = {name: getattr(args, name) for name in _GOALS}
-        small = fxprune.compress(original, loader, **goals, **_scoring(args, talks))
-        report = fxprune.report(small)
-        if out is not None and talks:
-            before, after, inputs = _parts(args, original, small, example)
-            fxprune.export_onnx(after, out / "model.onnx", inputs)
-            artifact.save(after, out, example_inputs=inputs)
-            fxprune.export_onnx(before, out / "original.onnx", inputs)
+        model, loader = _given(args, talks)
+        settings = _asked_for(args, (*_SHARED, *_GOALS), talks)
+        small = fxprune.compress(model, loader, **settings, onnx=args.out is not None)
         if talks:
-            _print_report(args, loader, report)
-
-
-def _parts(args: argparse.Namespace, original: Any, small: Any, example: Any) -> tuple[Any, Any, Any]:
-    """What the files hold: both networks, or both states of the part that was compressed, and their inputs."""
-    if not args.submodule:
-        return original, small, (example,)
-    from fxprune.graph.call import flat_tensors, positional
-
-    part = small.get_submodule(args.submodule)
-    inputs = part.meta["fxprune_example"]
-    before = original.get_submodule(args.submodule)
-    return positional(before, inputs), positional(part, inputs), flat_tensors(inputs)
+            _print_report(args, loader, fxprune.report(small))
 
 
 def _sweep(args: argparse.Namespace) -> None:
     import fxprune
-    from fxprune.files import check_writable
 
     with _together() as talks:
-        if args.out is not None:
-            check_writable(args.out)
-        model = _model(args)
-        loader = _images(args, talks)
-        report = fxprune.sweep(model, loader, **_scoring(args, talks))
+        model, loader = _given(args, talks)
+        report = fxprune.sweep(model, loader, **_asked_for(args, _SHARED, talks))
         if talks:
             _print_report(args, loader, report)
 
@@ -194,10 +166,14 @@ def _print_report(args: argparse.Namespace, loader: Any, report: Any) -> None:
     print(report.to_json() if args.json else str(report))
 
 
-def _images(args: argparse.Namespace, talks: bool) -> Any:
+def _given(args: argparse.Namespace, talks: bool) -> tuple[Any, Any]:
+    """The model and the images; a folder that cannot be written is found before they are read."""
+    from fxprune.files import check_writable
     from fxprune.shell.sources import load_images
 
-    return load_images(
+    if args.out is not None:
+        check_writable(args.out)
+    return _model(args), load_images(
         args.data,
         size=args.size,
         mean=args.mean,

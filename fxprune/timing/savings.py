@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import fx
 
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Region
 from fxprune.measurements import Interval, LatencyComparison
 from fxprune.passes import DropRegions
-from fxprune.timing.latency import TimingSettings, compare
+from fxprune.timing.latency import TimingSettings
 from fxprune.timing.signature import signature
 
 __all__ = ["SCORING", "measure_savings", "without"]
@@ -37,51 +37,31 @@ def without(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule:
 def measure_savings(
     gm: fx.GraphModule,
     regions: Sequence[Region],
-    inputs: Sequence[Tensor],
-    wrap: Callable[[fx.GraphModule], nn.Module],
-    *,
-    backend: str,
-    device: str,
-    settings: TimingSettings = SCORING,
-    progress: Callable[[int, int], None] | None = None,
+    measure: Callable[[Sequence[Sequence[Region]]], Sequence[LatencyComparison]],
 ) -> tuple[LatencyComparison, ...]:
-    """Times the network without its regions against the original, in one interleaved run.
-
-    Regions of one signature (the same operators on the same shapes) are left out together, and share the saving.
+    """What each region saves; those of one signature (the same operators on the same shapes) share what they save.
 
     Args:
-        gm: The original, on `device`.
+        gm: The original.
         regions: What to leave out.
-        inputs: A batch of inputs, in the order that `wrap`'s result takes them.
-        wrap: Makes a network callable with positional tensors.
-        backend: Where to time: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
-        device: Device of the `torch` backend.
-        settings: How long to go on.
-        progress: Called with rounds done and the most there will be.
+        measure: Times the network without each of some sets of regions against the original, all in turns.
 
     Returns:
         One comparison for each region; `shared_by` says how many were left out together.
-
-    Raises:
-        MeasurementError: The backend cannot run the network.
-        DeviceError: The device is not there.
     """
     keys = [signature(gm, region) for region in regions]
     groups: dict[tuple[str, ...], list[Region]] = {}
     for key, region in zip(keys, regions, strict=True):
         groups.setdefault(key, []).append(region)
-    subjects = [wrap(without(gm, group)) for group in groups.values()]
-    place = device if backend == "torch" else None
-    measured = compare(
-        wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings, progress=progress
-    )
+    measured = measure(list(groups.values()))
     shares = {
-        key: _share(one, len(group)) for (key, group), one in zip(groups.items(), measured, strict=True)
+        key: _split_evenly(one, len(group))
+        for (key, group), one in zip(groups.items(), measured, strict=True)
     }
     return tuple(shares[key] for key in keys)
 
 
-def _share(measured: LatencyComparison, regions: int) -> LatencyComparison:
+def _split_evenly(measured: LatencyComparison, regions: int) -> LatencyComparison:
     """What one of several equal regions is worth, measured without all of them."""
 
     def part(ratio: float) -> float:

@@ -1,0 +1,61 @@
+"""What a job's networks take, timed against its original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.graph.call import flat_tensors, positional
+from fxprune.graph.regions import Region
+from fxprune.measurements import LatencyComparison
+from fxprune.pipeline.job import Job
+from fxprune.processes.group import on_main
+from fxprune.scoring.stored import stored_latencies
+from fxprune.timing import latency as timing
+from fxprune.timing.savings import without
+
+__all__ = ["compare_networks", "latencies_without"]
+
+
+def compare_networks(
+    job: Job, networks: Sequence[fx.GraphModule], settings: timing.TimingSettings | None = None
+) -> tuple[LatencyComparison, ...]:
+    """Times networks against the original, all in turns."""
+    images = job.original.images
+    batch = images.inputs.select(torch.arange(job.latency_batch) % images.size)
+    backend = job.options.backend
+    return timing.compare(
+        positional(job.original.graph, batch),
+        [positional(network, batch) for network in networks],
+        flat_tensors(batch),
+        backend=backend,
+        device=job.original.device if backend == "torch" else None,
+        settings=settings,
+    )
+
+
+def latencies_without(
+    job: Job, sets: Sequence[Sequence[Region]], settings: timing.TimingSettings | None = None
+) -> tuple[LatencyComparison, ...]:
+    """The network without each of some sets of regions, timed once for all runs that share a folder."""
+    settings = settings or timing.TimingSettings()
+
+    def measure(missing: Sequence[Sequence[Region]]) -> tuple[LatencyComparison, ...]:
+        return compare_networks(job, [without(job.original.graph, one) for one in missing], settings)
+
+    return on_main(lambda: stored_latencies(job.store, sets, _conditions(job, settings), measure))
+
+
+def _conditions(job: Job, settings: timing.TimingSettings) -> dict[str, Any]:
+    backend = job.options.backend
+    place = job.original.device if backend == "torch" else backend.removeprefix("onnxruntime-")
+    return {
+        "backend": backend,
+        "machine": timing.device_name(place),
+        "batch": job.latency_batch,
+        "timing": asdict(settings),
+    }

@@ -1,0 +1,172 @@
+"""Closing a job: the report, the files, and the network as the caller asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.errors import ExportError, OptionError
+from fxprune.export.artifact import save
+from fxprune.export.onnx_file import export_onnx
+from fxprune.files import write_text_atomic
+from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.measurements import LatencyComparison
+from fxprune.pipeline.clock import compare_networks
+from fxprune.pipeline.job import Job
+from fxprune.pipeline.replacement import replace_submodule
+from fxprune.pipeline.results import Results
+from fxprune.pipeline.stages import worst_fold_error
+from fxprune.processes.group import is_main, on_main, same_everywhere
+from fxprune.recovery.recover import Recovered
+from fxprune.reports.compression import CompressionReport
+from fxprune.reports.plots import front_svg
+from fxprune.reports.sweep import SweepPoint, SweepReport
+from fxprune.selection.plans import BlockScore, DropPlan
+from fxprune.timing.environment import peak_memory, versions
+
+__all__ = ["EXAMPLE", "REPORT", "agreement", "close", "close_sweep"]
+
+REPORT = "fxprune_report"
+"""Key of the report in a compressed graph's `meta`."""
+
+EXAMPLE = "fxprune_example"
+"""Key of inputs of the right shapes there, noise in place of the customer's images."""
+
+
+def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
+    """Writes the network where a folder was given, measures it, reports, and puts it where the caller asked for it.
+
+    Raises:
+        OptionError: `min_agreement` is missed; the folder holds what was reached.
+        ExportError: A file that was asked for cannot be written; the folder holds all others.
+    """
+    small, example = recovered.graph, job.original.images.example(2)
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(name in job.trainable)
+    results = Results(
+        job.folder if is_main() else None,
+        "report.json",
+        ("original.onnx", "model.onnx", "model.pt2", "model.safetensors"),
+    )
+    results.begin()
+    results.write(
+        lambda folder: save(positional(small, example), folder, example_inputs=flat_tensors(example))
+    )
+    with job.stage("measurement"):
+        latency = on_main(lambda: compare_networks(job, [small])[0])
+        report = _report(job, plan, recovered, latency)
+    if job.options.onnx:
+        for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
+            results.write(_onnx_writer(name, network, example))
+    failures = tuple(same_everywhere(results.failures))
+    report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
+    results.end(report.to_json())
+    _require_agreement(job, report)
+    if failures and job.options.onnx:
+        raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
+    small.meta.update({REPORT: report, EXAMPLE: _stand_in(example)})
+    if job.options.submodule is None:
+        return small
+    return replace_submodule(job.model, job.options.submodule, small, example=example)
+
+
+def close_sweep(
+    job: Job,
+    scores: tuple[BlockScore, ...],
+    points: tuple[SweepPoint, ...],
+    evaluate: Callable[[nn.Module], float] | None,
+) -> SweepReport:
+    """The report of a sweep; it and its plot are written where a folder was given."""
+    spots = [(1e3 * p.latency.after.median_s, p.recovery_loss, f"k={len(p.dropped)}") for p in points]
+    results = Results(job.folder if is_main() else None, "sweep.json", ("sweep.svg",))
+    results.begin()
+    svg = front_svg(spots, x_name="latency, ms", y_name="recovery loss")
+    results.write(lambda folder: write_text_atomic(folder / "sweep.svg", svg))
+    report = SweepReport(
+        points=points,
+        scores=scores,
+        accuracy=None if evaluate is None else evaluate(job.original.graph),
+        settings=job.settings(),
+        durations=job.stage.seconds,
+        versions=versions(job.original.device),
+        files=results.hashes(),
+    )
+    results.end(report.to_json())
+    return report
+
+
+def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callable[[Path], object]:
+    return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
+
+
+def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison) -> CompressionReport:
+    fold_error, small = recovered.fold_error, recovered.graph
+    return CompressionReport(
+        plan=plan,
+        latency=latency,
+        rejections=job.discovery.rejections,
+        recovery_loss_before=recovered.loss_before,
+        recovery_loss_after=recovered.loss_after,
+        fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
+        parameters=(_count(job.original.graph), _count(small)),
+        images=job.original.images.size,
+        agreement=agreement(job, small, job.original.images),
+        held_back_agreement=None if job.held_back is None else agreement(job, small, job.held_back),
+        peak_memory_bytes=peak_memory(job.original.device),
+        settings=job.settings(),
+        seed=job.options.seed,
+        durations=job.stage.seconds,
+        versions=versions(job.original.device),
+        notes=recovered.notes,
+    )
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+def agreement(job: Job, small: fx.GraphModule, images: CalibrationSet) -> float | None:
+    """Share of images on which the largest class score is the same; None where outputs are not class scores."""
+    same = 0
+    for batch in images.batches(64):
+        inputs = batch.to(job.original.device)
+        answers = [graph(*inputs.args, **inputs.kwargs) for graph in (job.original.graph, small)]
+        scores = [next((x for x in pytree.tree_leaves(a) if isinstance(x, Tensor)), None) for a in answers]
+        if any(s is None or s.dim() != 2 or s.shape[1] < 2 for s in scores):
+            return None
+        first, second = (s.argmax(1) for s in scores if s is not None)
+        same += int((first == second).sum())
+    return same / images.size
+
+
+def _require_agreement(job: Job, report: CompressionReport) -> None:
+    wanted, reached = job.options.min_agreement, report.held_back_agreement
+    if wanted is None:
+        return
+    if reached is None:
+        raise OptionError("min_agreement needs a network whose output is one score for each class")
+    if reached < wanted:
+        kept = "" if job.folder is None else f"; {job.folder} holds that network"
+        raise OptionError(
+            f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "
+            f"with the original on {reached:.3f} of the held-back images; cut less, or give more images{kept}"
+        )
+
+
+def _stand_in(example: Inputs) -> Inputs:
+    """Noise of the same shapes: a network that is handed on must not carry the customer's images."""
+    generator = torch.Generator().manual_seed(0)
+    return example.map(
+        lambda t: (
+            torch.randn(t.shape, generator=generator).to(t.dtype)
+            if t.is_floating_point()
+            else torch.zeros_like(t)
+        )
+    )

@@ -1,0 +1,255 @@
+"""Opening a job: from a model, a loader and options to everything that the stages work on.
+
+Every refusal comes from here, before any long work.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import fx, nn
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.drawing import draw
+from fxprune.discovery.discovery import discover
+from fxprune.discovery.taps import find_tap, output_tap
+from fxprune.errors import (
+    ArtifactError,
+    CalibrationError,
+    DeviceError,
+    GraphError,
+    NoRegionError,
+    OptionError,
+)
+from fxprune.files import check_writable
+from fxprune.graph.extract import ancestors
+from fxprune.graph.regions import Discovery, Reason, Rejection
+from fxprune.graph.shapes import propagate_shapes
+from fxprune.graph.trace import trace
+from fxprune.memory import memory_explained
+from fxprune.options import Options
+from fxprune.passes import Canonicalize, StoreWeights
+from fxprune.pipeline.capture import capture_inputs
+from fxprune.pipeline.job import Job, StageTimes
+from fxprune.processes.group import is_main, main_first
+from fxprune.processes.threads import default_threads, using_threads
+from fxprune.recovery.original import Original
+from fxprune.scoring.bare import BareScorer
+from fxprune.scoring.cached import CachedScorer
+from fxprune.scoring.end_to_end import EndToEndScorer
+from fxprune.scoring.fingerprint import fingerprint_of
+from fxprune.scoring.scorer import Scorer
+from fxprune.scoring.store import ScoreStore, content_of
+from fxprune.scoring.stored import StoredScorer
+from fxprune.selection.plans import largest_plan
+
+__all__ = ["make_scorer", "open_job"]
+
+_HELD_BACK = 0.2
+_LISTED = 20
+
+
+@contextmanager
+def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
+    """Reads the images, traces, discovers and finds the tap; while the job is open, its folder is locked.
+
+    Args:
+        model: The caller's model; it is not changed.
+        loader: The calibration images.
+        options: What was asked for.
+
+    Raises:
+        FxpruneError: As `fxprune.compress` says.
+    """
+    if options.submodule is not None and not isinstance(model, nn.Module):
+        raise OptionError("submodule= names a part of a module, and an exported program has none")
+    options = options.filled(_device(options.device, model), options.threads or default_threads())
+    with using_threads(options.threads), torch.inference_mode(False), memory_explained():
+        folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
+        with _locked(folder):
+            yield _open(model, loader, options, folder)
+
+
+def _open(model: Any, loader: Any, options: Options, folder: Path | None) -> Job:
+    stage = StageTimes()
+    show_progress = is_main() and (os.isatty(2) if options.progress is None else options.progress)
+    with stage("trace"):
+        images, network = _read(model, loader, options)
+        graph = _capture(network, images, str(options.device))
+        trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
+        graph.requires_grad_(False)
+        whole = options.submodule is None or options.tap is not None
+        tap = find_tap(graph, options.tap) if whole else output_tap(graph)
+        discovery = _discover(graph, tap, options)
+        held_back = None
+        if options.min_agreement is not None:
+            held_back, images = images.split(_HELD_BACK, options.seed)
+        original = Original(graph, tap, images, str(options.device), options.seed)
+        scorer, store = make_scorer(original, options, progress=show_progress), None
+        if folder is not None:
+            store = _store(folder, original, discovery, options)
+            scorer = StoredScorer(scorer, store)
+    return Job(
+        options,
+        model,
+        original,
+        trainable,
+        discovery,
+        held_back,
+        scorer,
+        store,
+        folder,
+        show_progress,
+        stage,
+    )
+
+
+def make_scorer(original: Original, options: Options, *, progress: bool = False) -> Scorer:
+    """The scorer that a recipe and a criterion ask for."""
+    if options.criterion != "recovery":
+        return BareScorer(original, options.criterion)
+    if options.recipe.scorer == "cached":
+        return CachedScorer(original, options.recipe.adaptor, cache_bytes=options.cache_bytes)
+    return EndToEndScorer(original, options.recipe.adaptor, progress=progress)
+
+
+@contextmanager
+def _locked(folder: Path | None) -> Iterator[None]:
+    """Keeps other runs out of a folder: what two write there at once would be neither's."""
+    if folder is None or not is_main():
+        yield
+        return
+    scores = check_writable(folder / "scores")
+    try:
+        lock = FileLock(scores / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise ArtifactError(
+            f"{folder} is in use: another run works in it at this moment. Wait for its end, or name another folder"
+        ) from error
+    with lock:
+        yield
+
+
+def _store(folder: Path, original: Original, discovery: Discovery, options: Options) -> ScoreStore:
+    """Everything that scores depend on, and that neither the graph nor the images tell, is a part of the key."""
+    settings = {
+        "scorer": options.recipe.scorer,
+        "adaptor": options.recipe.adaptor,
+        "criterion": options.criterion,
+        "regions": content_of(discovery.regions),
+        "tap": original.tap,
+        "device": original.device,
+        "seed": original.seed,
+        "cache_bytes": options.cache_bytes,
+        "threads": options.threads,
+    }
+    fingerprint = fingerprint_of(original, settings)
+    return main_first(lambda: ScoreStore(folder / "scores", fingerprint))
+
+
+def _device(device: str | None, model: Any) -> str:
+    """The device to work on: the one asked for, else where the model is."""
+    if device is None:
+        tensors = model.parameters() if isinstance(model, nn.Module) else iter(())
+        first = next(iter(tensors), None)
+        return str(first.device) if first is not None and first.device.type in ("cpu", "cuda") else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {device} was asked for, but torch sees no CUDA device; install a driver and a CUDA build of "
+            "torch, or leave device out to run on the CPU"
+        )
+    return device
+
+
+def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, Any]:
+    """The calibration images, and the network that takes them."""
+    limit, seed, input_fn = options.images, options.seed, options.input_fn
+    if options.submodule is None:
+        names = _input_names(model)
+        return draw(loader, limit=limit, seed=seed, input_fn=input_fn, names=names), model
+    captured = capture_inputs(
+        model, options.submodule, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
+    )
+    return captured, model.get_submodule(options.submodule)
+
+
+def _input_names(model: Any) -> tuple[str, ...]:
+    """Names of the network's inputs, for loaders whose batches are dicts."""
+    if isinstance(model, fx.GraphModule):
+        return tuple(str(node.target) for node in model.graph.find_nodes(op="placeholder"))
+    return tuple(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else ()
+
+
+def _capture(model: Any, images: CalibrationSet, device: str) -> fx.GraphModule:
+    """A private copy of the network with shapes on every node: the only place where the caller's model is read."""
+    example = images.example(2)
+    _check_type(model, images)
+    inputs = None if isinstance(model, fx.GraphModule) else example.to(_device(None, model)).given
+    try:
+        traced = trace(model, inputs)
+        Canonicalize()(traced)
+        StoreWeights()(traced)
+        traced.to(device)
+        placed = example.to(device)
+        propagate_shapes(traced, placed.args, placed.kwargs)
+    except GraphError as error:
+        shapes = [tuple(t.shape) for t in images.inputs.tensors()]
+        raise CalibrationError(
+            f"the network does not accept the calibration images of shape {shapes}: {error}"
+        ) from error
+    return traced
+
+
+def _check_type(model: Any, images: CalibrationSet) -> None:
+    tensors = list(model.parameters()) + list(model.buffers()) if isinstance(model, nn.Module) else []
+    if any(t.is_meta for t in tensors):
+        raise GraphError("the network's weights are on the meta device: load them before compressing")
+    types = {t.dtype for t in tensors if t.is_floating_point()}
+    half = sorted(str(t) for t in types & {torch.float16, torch.bfloat16})
+    if half:
+        raise GraphError(
+            f"the network's weights are {', '.join(half)}; recovery needs float32: call model.float() first, and "
+            "convert the result back"
+        )
+    first = images.inputs.tensors()[0]
+    if len(types) == 1 and first.is_floating_point() and first.dtype not in types:
+        raise CalibrationError(
+            f"the images are {first.dtype}, the network's weights {types.pop()}; convert the images"
+        )
+
+
+def _discover(graph: fx.GraphModule, tap: Sequence[str], options: Options) -> Discovery:
+    found = _in_front_of(graph, tap, discover(graph, kinds=options.kinds, ignore=options.ignore))
+    if not found.regions:
+        refused = [f"  {r.label or r.exit}: {r.reason.value} ({r.detail})" for r in found.rejections]
+        if len(refused) > _LISTED:
+            refused[_LISTED:] = [f"  and {len(refused) - _LISTED} more"]
+        raise NoRegionError(
+            "no region of this network can be dropped. Candidates refused:\n"
+            + "\n".join(refused or ["  there is no join at all"])
+            + "\nkinds=('identity', 'projection', 'sequential') would look for more kinds"
+        )
+    most = len(largest_plan(found.regions))
+    if options.k is not None and options.k > most:
+        raise OptionError(
+            f"k is {options.k}, but at most {most} regions of this network can be dropped together"
+        )
+    return found
+
+
+def _in_front_of(graph: fx.GraphModule, tap: Sequence[str], found: Discovery) -> Discovery:
+    """Refuses the regions that the tap does not see."""
+    seen = ancestors(graph, tap)
+    behind = tuple(
+        Rejection(r.entry, r.exit, Reason.BEHIND_TAP, (r.exit,), f"the tap is {', '.join(tap)}", r.label)
+        for r in found.regions
+        if r.exit not in seen
+    )
+    return Discovery(tuple(r for r in found.regions if r.exit in seen), found.rejections + behind)

@@ -1,0 +1,81 @@
+"""The files of one run: all of one run or none, whatever ends it.
+
+The old ones go before the first new one comes, their report first. A network is written as soon as there is one, so
+that nothing that fails later loses it. The report comes last and holds the SHA-256 of every file beside it: a folder
+with a report is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fxprune.errors import ArtifactError, ExportError
+from fxprune.files import write_text_atomic
+
+__all__ = ["Results"]
+
+logger = logging.getLogger(__name__)
+
+
+class Results:
+    """The files of one run in a folder; without a folder nothing is written.
+
+    Args:
+        folder: Where they go.
+        report: Name of the report.
+        names: Names of the files that may stand beside it.
+
+    Attributes:
+        failures: What could not be written, and why.
+    """
+
+    def __init__(self, folder: Path | None, report: str, names: Sequence[str]) -> None:
+        self._folder, self._report, self._names = folder, report, tuple(names)
+        self.failures: list[str] = []
+
+    def begin(self) -> None:
+        """Removes the files of the run before.
+
+        Raises:
+            ArtifactError: One cannot be removed.
+        """
+        if self._folder is None:
+            return
+        old = [self._folder / name for name in (self._report, *self._names)]
+        try:
+            for file in old:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"{error.filename} is of an earlier run and cannot be removed: {error.strerror}. Move it away, or name "
+                "another folder"
+            ) from error
+
+    def write(self, make: Callable[[Path], object]) -> None:
+        """Has files written into the folder; a failure is kept, so that the others are written all the same."""
+        if self._folder is None:
+            return
+        try:
+            make(self._folder)
+        except (ArtifactError, ExportError) as error:
+            logger.warning("%s", error)
+            self.failures.append(str(error))
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 (hex) of every file that was written, by name."""
+        if self._folder is None:
+            return {}
+        files = (self._folder / name for name in self._names)
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+    def end(self, report: str) -> None:
+        """Writes the report.
+
+        Raises:
+            ArtifactError: It cannot be written; the other files are there.
+        """
+        if self._folder is not None:
+            write_text_atomic(self._folder / self._report, report)

@@ -1,0 +1,180 @@
+"""Recipes: how adaptors are fitted and the whole network mimics, published or quick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fxprune.errors import OptionError
+from fxprune.validation import is_number, is_whole, one_of, require
+
+__all__ = ["RECIPES", "FitSettings", "Recipe", "Selection", "recipe_named"]
+
+Optimizer = Literal["sgd", "adam", "relative-adam", "width-adam"]
+Schedule = Literal["step", "cosine", "constant"]
+BatchNormMode = Literal["eval", "train"]
+Selection = Literal["greedy", "independent", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """One gradient fit.
+
+    Attributes:
+        optimizer: `sgd`, `adam`, or `relative-adam`, whose steps are relative to the size of each output channel's
+            weights: networks whose batch norm was folded away have channels of very different sizes. `width-adam`
+            divides the rate by the number of channels that a weight reads, so that adaptors of all widths learn alike.
+        iterations: Steps; 0 leaves the start as it is.
+        learning_rate: At the beginning.
+        momentum: Of SGD; Adam has its usual moments.
+        weight_decay: L2 penalty, coupled as in `torch.optim`.
+        schedule: `step` divides the rate by 10 every 40 % of the iterations, `cosine` lets it fall to zero,
+            `constant` keeps it.
+        warmup: Iterations in which the rate rises from nothing, on top of the schedule.
+        batch_size: Images a step, or all of them if there are fewer.
+        max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
+        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
+        augment: Whether images are cropped and flipped at random.
+        cutmix: Whether a box of each image is replaced by that of another one: more kinds of images from a few.
+        unnormalised_rate: Learning rate where no batch norm normalises by the batch, and so keeps training stable.
+        retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    optimizer: Optimizer = "sgd"
+    iterations: int = 1000
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Schedule = "step"
+    warmup: int = 0
+    batch_size: int = 64
+    max_pixels: int | None = None
+    batch_norm: BatchNormMode = "eval"
+    augment: bool = True
+    cutmix: bool = False
+    unnormalised_rate: float | None = None
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        count = "it must be a whole number, 0 or more"
+        require(
+            self,
+            (
+                one_of("optimizer", self.optimizer, Optimizer),
+                ("iterations", is_whole(self.iterations, 0), count),
+                ("learning_rate", is_number(self.learning_rate, 0), "it must be positive"),
+                ("momentum", 0 <= self.momentum < 1, "it must lie in [0, 1)"),
+                ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
+                one_of("schedule", self.schedule, Schedule),
+                ("warmup", is_whole(self.warmup, 0), count),
+                ("batch_size", is_whole(self.batch_size), "it must be a whole number, 1 or more"),
+                ("max_pixels", self.max_pixels is None or is_whole(self.max_pixels), "it must be positive"),
+                one_of("batch_norm", self.batch_norm, BatchNormMode),
+                (
+                    "unnormalised_rate",
+                    self.unnormalised_rate is None or is_number(self.unnormalised_rate, 0),
+                    "it must be positive",
+                ),
+                ("retries", is_whole(self.retries, 0), count),
+            ),
+        )
+
+    def rate(self, iteration: int) -> float:
+        """The learning rate at an iteration (counted from 0)."""
+        rate = self.learning_rate * min(1.0, (iteration + 1) / (self.warmup + 1))
+        if self.schedule == "constant":
+            return rate
+        if self.schedule == "cosine":
+            return rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
+        return float(rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
+
+    def images_per_step(self, pixels: int) -> int:
+        """The batch size for images of so many pixels: at least one image."""
+        most = self.batch_size if self.max_pixels is None else self.max_pixels // pixels
+        return max(1, min(self.batch_size, most))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How recovery works, from scoring to the final mimicking.
+
+    Attributes:
+        name: As users type it.
+        scorer: `end-to-end` runs the whole network for every step of every region (PRACTISE); `cached` starts from
+            least squares and trains behind cached activations.
+        adaptor: The fit of the adaptors.
+        mimic: The fit of the whole network after the cut.
+        fold_first: Whether the chosen set's fitted adaptors are folded in before mimicking; PRACTISE mimics from the
+            bare cut.
+        selection: How sets are chosen unless the user says otherwise.
+    """
+
+    name: str
+    scorer: Literal["end-to-end", "cached"]
+    adaptor: FitSettings
+    mimic: FitSettings
+    fold_first: bool
+    selection: Selection
+
+
+RECIPES: dict[str, Recipe] = {
+    # PRACTISE, section 4, "Implementation details"
+    "practise": Recipe(
+        name="practise",
+        scorer="end-to-end",
+        adaptor=FitSettings(iterations=1000, batch_norm="eval"),
+        mimic=FitSettings(iterations=2000, batch_norm="train"),
+        fold_first=False,
+        selection="independent",
+    ),
+    "fast": Recipe(
+        name="fast",
+        scorer="cached",
+        adaptor=FitSettings(
+            optimizer="width-adam",
+            iterations=80,
+            learning_rate=0.2,
+            weight_decay=0.0,
+            schedule="cosine",
+            warmup=5,
+            batch_size=8,
+            augment=False,
+        ),
+        mimic=FitSettings(
+            optimizer="relative-adam",
+            iterations=400,
+            learning_rate=3e-2,
+            unnormalised_rate=3e-3,
+            retries=1,
+            weight_decay=0.0,
+            schedule="cosine",
+            warmup=10,
+            batch_size=64,
+            max_pixels=2**20,
+            batch_norm="train",
+            cutmix=True,
+        ),
+        fold_first=True,
+        selection="greedy",
+    ),
+}
+"""`practise` follows the paper to the letter; `fast` is the default."""
+
+
+def recipe_named(recipe: str | Recipe) -> Recipe:
+    """Looks a recipe up; a `Recipe` is returned as it is.
+
+    Raises:
+        OptionError: There is none of that name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise OptionError(
+            f"recipe is {recipe!r}; choose from {sorted(RECIPES)}, or give a fxprune.options.Recipe"
+        )
+    return RECIPES[recipe]

@@ -1,0 +1,30 @@
+"""What every stage of a compression looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxprune.calibration.batches import CalibrationSet
+
+__all__ = ["Original"]
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The network to be compressed, and what always goes with it.
+
+    Attributes:
+        graph: A private, frozen copy with shapes, on `device`.
+        tap: Nodes whose values are the features that are compared.
+        images: What is fitted on.
+        device: Where everything runs.
+        seed: Of every random draw.
+    """
+
+    graph: fx.GraphModule
+    tap: tuple[str, ...]
+    images: CalibrationSet
+    device: str = "cpu"
+    seed: int = 0

@@ -1,0 +1,46 @@
+"""Refusing values that are out of range, by name and in words, before any work is done with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import get_args
+
+from fxprune.errors import OptionError
+
+__all__ = ["is_number", "is_whole", "listed", "one_of", "require"]
+
+
+def require(owner: object, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Refuses a record with a field that is out of range.
+
+    Args:
+        owner: The record.
+        rules: Name of a field, whether its value will do, and what would.
+
+    Raises:
+        OptionError: The first field that will not do, with its value.
+    """
+    for name, valid, wanted in rules:
+        if not valid:
+            raise OptionError(f"{name} is {getattr(owner, name)!r}; {wanted}")
+
+
+def is_whole(value: object, least: int = 1, most: float = math.inf) -> bool:
+    """Whether a value is a whole number in a range; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: object, above: float) -> bool:
+    """Whether a value is a finite number above another."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < math.inf
+
+
+def one_of(name: str, value: object, choices: object) -> tuple[str, bool, str]:
+    """The rule that a field is one of a `Literal`'s choices."""
+    return name, value in get_args(choices), listed(choices)
+
+
+def listed(choices: object) -> str:
+    """The choices of a `Literal`, as advice."""
+    return f"choose from {', '.join(get_args(choices))}"
