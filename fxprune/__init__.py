@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fxprune._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fxprune import passes
     from fxprune.api import compress, export_onnx, measure, report
@@ -27,8 +29,6 @@ __all__ = [
     "sweep",
     "trace",
 ]
-
-__version__ = "0.1.0"
 
 _HOME = {
     "FxpruneError": "fxprune.errors",

@@ -134,6 +134,19 @@ def test_wrong_usage_gives_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().err
 
 
+def test_the_version_stands_in_one_place(capsys) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
+    root = Path(__file__).parent.parent
+    assert 'attr = "fxprune._version.__version__"' in (root / "pyproject.toml").read_text()
+    quoted = [
+        path.name
+        for path in root.rglob("*.*")
+        if path.suffix in (".py", ".toml", ".cfg") and f'"{fxprune.__version__}"' in path.read_text()
+    ]
+    assert quoted == ["_version.py"]
+
+
 def test_inspect_prints_regions_totals_and_rejections(traced, replace, capsys) -> None:
     discover = replace("discover", DISCOVERY)
     argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*", "b"]

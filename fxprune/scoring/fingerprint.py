@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune._version import __version__
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import OptionError
 
@@ -83,8 +83,7 @@ def fingerprint_of(
         plain = json.dumps(dict(settings), default=json_form, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise OptionError(f"the settings cannot be part of a fingerprint: {error}") from error
-    package = import_module("fxprune")  # at run time: the package itself lies above this layer
-    versions = {"fxprune": package.__version__, "torch": torch.__version__}
+    versions = {"fxprune": __version__, "torch": torch.__version__}
     return Fingerprint(
         _hash_graph(gm), _hash_weights(gm), calibration.fingerprint(), plain, json.dumps(versions)
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fxprune._version import __version__
 from fxprune.errors import FxpruneError, OptionError
 from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fxprune",
         description="Cut residual blocks out of trained vision networks, from a few unlabelled images.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, run in _COMMANDS:
         command = add(commands)
