@@ -102,7 +102,7 @@ def traced(replace) -> Recorder:
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from fxprune.shell import cli; code = cli.main(['--help']);"
-        "print([m for m in ('onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
+        "print([m for m in ('torch', 'onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "compress" in done.stdout
@@ -134,6 +134,32 @@ def test_wrong_usage_gives_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["demo", "--threads", "abc"], "'abc' is not a whole number"),
+        (["demo", "--threads", "99999999999"], "99999999999 does not lie between 1 and 2147483647"),
+        (["demo", "--seed", "99999999999999999999"], "does not lie between 0 and"),
+        (["inspect", "m", "--input-shape", "1,x"], "'x' is not a whole number"),
+        (["inspect", "m", "--input-shape", "1,0"], "0 does not lie between 1 and"),
+        (["inspect", "m", "--input-shape", "99999999999,99999999999,1,1"], "does not lie between"),
+        (["inspect", "m", "--input-shape", "1,3,99999,99999"], "more than 268435456 values"),
+        (["inspect", "m", "--size", "100000"], "100000 does not lie between 1 and 4096"),
+        (["sweep", "m", "--data", "d", "--mean", "1,2"], "'1,2' is not three numbers"),
+        (["sweep", "m", "--data", "d", "--std", "a,b,c"], "'a,b,c' is not three numbers"),
+        (["sweep", "m", "--data", ""], "--data: the path is empty"),
+        (["sweep", "m", "--data", "d", "--out", ""], "--out: the path is empty"),
+        (["compress", "m", "--k", "1", "--data", "d", "--out", ""], "--out: the path is empty"),
+        (["demo", "--out", ""], "--out: the path is empty"),
+        (["inspect", "m", "--weights", ""], "--weights: the path is empty"),
+    ],
+)
+def test_wrong_values_are_named_in_plain_words(argv: list[str], words: str, capsys) -> None:
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and "_positive" not in err
+
+
 def test_the_version_stands_in_one_place(capsys) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
@@ -147,9 +173,15 @@ def test_the_version_stands_in_one_place(capsys) -> None:
     assert quoted == ["_version.py"]
 
 
+def test_patterns_to_ignore_leave_the_model_alone(traced, replace) -> None:
+    discover = replace("discover", DISCOVERY)
+    assert cli.main(["inspect", "--ignore", "a*,b", "--ignore", "c", "m", "--size", "8"]) == 0
+    assert discover.kwargs["ignore"] == ("a*", "b", "c")
+
+
 def test_inspect_prints_regions_totals_and_rejections(traced, replace, capsys) -> None:
     discover = replace("discover", DISCOVERY)
-    argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*", "b"]
+    argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*,b"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert traced.args[1].shape == (1, 3, 8, 8)

@@ -284,6 +284,12 @@ def test_onnx_inputs_follow_the_file(tmp_path: Path) -> None:
     assert onnx_inputs(integers)[0].dtype == torch.int64
 
 
+def test_inputs_of_absurd_size_are_refused(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "m.onnx", ("batch", 3, 8, 8))
+    with pytest.raises(OptionError, match=r"x0 of .* would be \[2147483647, 3, 8, 8\]: over"):
+        onnx_inputs(path, batch=2**31 - 1)
+
+
 def test_free_dimensions_need_a_shape(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "m.onnx", ("batch", 3, "h", "w"))
     with pytest.raises(OptionError, match="--input-shape"):

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
+from fxprune.shell.arguments import MOST_VALUES
 from fxprune.shell.images import ImageBatches, load_images
 
 __all__ = ["ImageBatches", "load_images", "load_model", "load_weights", "onnx_inputs"]
@@ -245,6 +247,8 @@ def onnx_inputs(
         shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
         if 0 in shape:
             raise OptionError(f"Input {entry.name} of {path} has free dimensions: give --input-shape.")
+        if math.prod(shape) > MOST_VALUES:
+            raise OptionError(f"Input {entry.name} of {path} would be {shape}: over {MOST_VALUES} values.")
         values = torch.randn(shape, generator=generator)
         numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         dtype = getattr(torch, str(numpy_type), None)
