@@ -160,6 +160,15 @@ def test_wrong_values_are_named_in_plain_words(argv: list[str], words: str, caps
     assert words in err and "_positive" not in err
 
 
+@pytest.mark.parametrize("option", ["--mean", "--std"])
+@pytest.mark.parametrize("value", ["nan,1,1", "1,inf,1"])
+def test_means_and_deviations_are_finite(option: str, value: str, traced, replace, photos, capsys) -> None:
+    compress = replace("compress", None)
+    argv = ["compress", "m", "--k", "1", "--data", str(photos), "--size", "8", option, value]
+    assert cli.main(argv) == 2
+    assert "three finite numbers" in capsys.readouterr().err and compress.calls == []
+
+
 def test_the_version_stands_in_one_place(capsys) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"

@@ -14,8 +14,8 @@ from torch import nn
 
 from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
-from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD
-from fxprune.shell.sources import load_images, load_model, load_weights, onnx_inputs
+from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from fxprune.shell.sources import load_model, load_weights, onnx_inputs
 
 
 def test_torchvision_networks_come_untrained_and_in_evaluation_mode() -> None:
@@ -238,6 +238,41 @@ def test_unreadable_images_are_named_skipped_and_replaced(
     assert all(len(load_images(photos, size=8, limit=6, seed=seed).paths) == 6 for seed in range(5))
 
 
+def test_pictures_of_extreme_shape_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shape in (("thin", (1, 20000)), ("long", (421, 20)), ("wide", (20, 401)), ("good", (20, 400))):
+        Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    convert, decoded = Image.Image.convert, []
+    monkeypatch.setattr(
+        Image.Image, "convert", lambda image, *args: decoded.append(image.size) or convert(image, *args)
+    )
+    images = load_images(tmp_path, size=28)
+    assert [path.name for path in images.paths] == ["good.png"] and decoded == [(400, 20)]
+    assert next(iter(images)).shape == (1, 3, 28, 28)
+    assert sum("over 20 times" in entry for entry in images.unreadable) == 3
+    assert any("20000 x 1 pixels" in entry for entry in images.unreadable)
+
+
+@pytest.mark.filterwarnings("default")  # as in the shell, where a warning alone stops nothing
+def test_pictures_of_too_many_pixels_are_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
+    images = load_images(photos, size=8)
+    assert {path.name for path in images.paths} == {"0.png", "grey.png"}
+    assert len(images.unreadable) == 5 and all("exceeds limit" in entry for entry in images.unreadable)
+
+
+def test_memory_that_ran_out_is_no_property_of_a_picture(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError):
+        load_images(photos, size=8)
+
+
 def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         load_images(tmp_path / "none")
@@ -259,6 +294,8 @@ def test_folders_without_images(tmp_path: Path) -> None:
         {"resize": 3, "size": 8},
         {"std": (0, 1, 1)},
         {"mean": (1,)},
+        {"mean": (float("nan"), 0, 0)},
+        {"std": (1, float("inf"), 1)},
     ],
 )
 def test_image_options_out_of_range(photos: Path, options) -> None:

@@ -197,7 +197,7 @@ def _print_report(args: argparse.Namespace, loader: Any, report: Any) -> None:
 
 
 def _images(args: argparse.Namespace, talks: bool) -> Any:
-    from fxprune.shell.sources import load_images
+    from fxprune.shell.images import load_images
 
     return load_images(
         args.data,

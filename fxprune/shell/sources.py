@@ -1,4 +1,4 @@
-"""What the shell's arguments name: networks, checkpoints, images, and the inputs of an ONNX file."""
+"""What the shell's arguments name: networks, checkpoints, and the inputs of an ONNX file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell.arguments import MOST_VALUES
-from fxprune.shell.images import ImageBatches, load_images
 
-__all__ = ["ImageBatches", "load_images", "load_model", "load_weights", "onnx_inputs"]
+__all__ = ["load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
