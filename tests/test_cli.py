@@ -18,7 +18,7 @@ from torch import nn
 
 import fxprune
 import fxprune.sweeping  # before any test patches what it imports
-from fxprune.errors import NoRegionError
+from fxprune.errors import NoRegionError, SourceError
 from fxprune.export import artifact
 from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
@@ -186,6 +186,19 @@ def test_patterns_to_ignore_leave_the_model_alone(traced, replace) -> None:
     discover = replace("discover", DISCOVERY)
     assert cli.main(["inspect", "--ignore", "a*,b", "--ignore", "c", "m", "--size", "8"]) == 0
     assert discover.kwargs["ignore"] == ("a*", "b", "c")
+
+
+def test_what_a_factory_prints_is_no_result(tmp_path: Path, replace, capsys) -> None:
+    path = tmp_path / "noisy.py"
+    path.write_text(
+        "from torch import nn\nprint('importing')\ndef build():\n    print('building')\n    return nn.ReLU()\n"
+    )
+    replace("trace", torch.fx.symbolic_trace(Residual()))
+    replace("discover", DISCOVERY)
+    assert cli.main(["inspect", f"{path}:build", "--size", "8", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["regions"]) == 2
+    assert captured.err == "importing\nbuilding\n"
 
 
 def test_inspect_prints_regions_totals_and_rejections(traced, replace, capsys) -> None:
@@ -450,6 +463,7 @@ def test_an_unwritable_folder_is_found_before_anything_else(
     [
         (NoRegionError("nothing\nto drop"), 1),
         (fxprune.errors.OptionError("k is 9"), 2),
+        (SourceError("there is no such file"), 2),
         (OSError(28, "No space left on device"), 1),
         (KeyboardInterrupt(), 130),
     ],
@@ -468,7 +482,7 @@ def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> Non
 
 
 def test_unknown_networks_are_reported(capsys) -> None:
-    assert cli.main(["inspect", "torchvision:resnet43"]) == 1
+    assert cli.main(["inspect", "torchvision:resnet43"]) == 2
     assert "resnet34" in capsys.readouterr().err
 
 

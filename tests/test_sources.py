@@ -62,6 +62,9 @@ def number():
 
 def broken():
     raise RuntimeError("no such layer")
+
+def leaving():
+    raise SystemExit(0)
 """
 
 
@@ -84,9 +87,10 @@ def test_a_factory_in_a_file_may_import_its_neighbours(factories: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("bild", r"no function 'bild'.*broken, build, number"),
+        ("bild", r"no function 'bild'.*broken, build, leaving, number"),
         ("number", "returned a int"),
         ("broken", r"broken\(\).*failed: RuntimeError: no such layer"),
+        ("leaving", r"leaving\(\).*failed: SystemExit: 0"),
     ],
 )
 def test_factories_that_do_not_build(factories: Path, factory: str, message: str) -> None:
@@ -99,6 +103,9 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
     with pytest.raises(SourceError, match="cannot be imported: SyntaxError"):
         load_model(f"{tmp_path / 'bad.py'}:f")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(7)\n")
+    with pytest.raises(SourceError, match="cannot be imported: SystemExit: 7"):
+        load_model(f"{tmp_path / 'script.py'}:f")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +133,20 @@ def test_a_pt2_file_is_read_through_the_artifact_reader(
     gm = torch.fx.symbolic_trace(nn.ReLU())
     monkeypatch.setattr(artifact, "load", lambda given: gm if given == path else None)
     assert load_model(str(path)) is gm
+
+
+@pytest.mark.parametrize("name", ["dir.pt2", "results"])
+def test_a_folder_that_save_wrote_names_its_network(tmp_path: Path, name: str) -> None:
+    gm = torch.fx.symbolic_trace(nn.ReLU())
+    artifact.save(gm, tmp_path / name, example_inputs=(torch.zeros(1, 2),))
+    assert torch.equal(load_model(str(tmp_path / name))(-torch.ones(3, 2)), torch.zeros(3, 2))
+
+
+def test_an_empty_name_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="names no network"):
+        load_model("")
 
 
 def network() -> nn.Sequential:
@@ -174,6 +195,38 @@ def test_keys_that_do_not_match_are_listed_and_nothing_is_loaded(tmp_path: Path)
     assert "13 unexpected: extra.0" in message and "extra.9 and 3 more" in message
     assert "0.weight ((5, 3, 1, 1), the network has (4, 3, 1, 1))" in message
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to_sparse(), r"kind: 0.weight \(sparse"),
+        (lambda x: x.to("meta"), r"kind: 0.weight \(sparse or without values"),
+        (lambda x: x.to(torch.complex64), r"0.weight \(complex numbers"),
+    ],
+    ids=["sparse", "meta", "complex"],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, change, words: str) -> None:
+    model, state = network(), network().state_dict()
+    state["0.weight"] = change(state["0.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(SourceError, match=words):
+        load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model[0].weight, network()[0].weight)
+
+
+def test_complex_weights_fit_complex_networks(tmp_path: Path) -> None:
+    source, target = (nn.Linear(2, 2, dtype=torch.complex64) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert torch.equal(source.weight, target.weight)
+
+
+def test_numbered_tensors_are_refused(tmp_path: Path) -> None:
+    torch.save(dict(enumerate(network().state_dict().values())), tmp_path / "w.pt")
+    with pytest.raises(SourceError, match=r"numbers its tensors.*state_dict"):
+        load_weights(network(), tmp_path / "w.pt")
 
 
 def test_missing_and_unsafe_checkpoints(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The pipeline for the shell: `fxprune demo | inspect | compress | sweep | measure`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
-else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage or options, 130 interrupted.
+else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage (an option, or a
+model, checkpoint or folder that cannot be found or used), 130 interrupted.
 
 Under `torchrun` every process runs `compress` and `sweep`; the first one alone prints results and writes files.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fxprune._version import __version__
-from fxprune.errors import FxpruneError, OptionError
+from fxprune.errors import FxpruneError, OptionError, SourceError
 from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
 
 __all__ = ["main"]
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             logging.getLogger(__name__).exception("%s failed", args.command)
         print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return 2 if isinstance(error, (OptionError, SourceError)) else 1
     return 0
 
 
