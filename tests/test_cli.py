@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,27 @@ def test_the_version_stands_in_one_place(capsys) -> None:
         if path.suffix in (".py", ".toml", ".cfg") and f'"{fxprune.__version__}"' in path.read_text()
     ]
     assert quoted == ["_version.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is what torch brings on Linux")
+@pytest.mark.parametrize(
+    ("users", "seen"),
+    [
+        ({}, "1000 None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+    ],
+)
+def test_waiting_threads_rest_unless_the_user_says_otherwise(users: dict[str, str], seen: str) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    code = (
+        "import os, sys; from fxprune.shell import cli; cli.main(['--version']); assert 'torch' not in sys.modules;"
+        f"print(*(os.environ.get(name) for name in {names}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment | users, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == seen
 
 
 def test_patterns_to_ignore_leave_the_model_alone(traced, replace) -> None:
@@ -465,6 +487,7 @@ def test_an_unwritable_folder_is_found_before_anything_else(
         (fxprune.errors.OptionError("k is 9"), 2),
         (SourceError("there is no such file"), 2),
         (OSError(28, "No space left on device"), 1),
+        (MemoryError(), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -473,6 +496,13 @@ def test_errors_are_one_line_and_a_code(traced, replace, capsys, error: BaseExce
     assert cli.main(["inspect", "m"]) == code
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_memory_that_ran_out_brings_advice(traced, replace, capsys) -> None:
+    replace("discover", MemoryError())
+    assert cli.main(["inspect", "m"]) == 1
+    err = capsys.readouterr().err
+    assert all(option in err for option in ("--cache-mib", "--images", "--latency-batch", "scores are kept"))
 
 
 def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> None:

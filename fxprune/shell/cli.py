@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _SCORING = (
     *("recipe", "criterion", "selection", "backend", "device", "kinds", "tap", "images", "latency_batch"),
     *("seed", "threads", "out"),
 )
+_MEMORY = "memory ran out: smaller --cache-mib, --images, --latency-batch; finished scores are kept in --out"
 _GOALS = ("k", "target_speedup", "target_latency_ms", "min_agreement", "submodule")
 
 
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the module docstring.
     """
+    if sys.platform == "linux" and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        # threads that spin while they wait take the cores from each other beside any other work; read with torch
+        os.environ["GOMP_SPINCOUNT"] = "1000"
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse exits by itself, with its message printed
@@ -55,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
         return 130
-    except (FxpruneError, OSError) as error:
+    except (FxpruneError, OSError, MemoryError) as error:
         if args.verbose:
             logging.getLogger(__name__).exception("%s failed", args.command)
-        print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = _MEMORY if isinstance(error, MemoryError) else " ".join(str(error).split())
+        print(f"fxprune: error: {text}", file=sys.stderr)
         return 2 if isinstance(error, (OptionError, SourceError)) else 1
     return 0
 
