@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fxprune import _version
+from fxprune._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fxprune import passes
@@ -28,8 +28,6 @@ __all__ = [
     "sweep",
     "trace",
 ]
-
-__version__ = _version.VERSION
 
 _HOME = {
     "FxpruneError": "fxprune.errors",

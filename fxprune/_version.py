@@ -1,5 +1,7 @@
-"""The version, in one place: pyproject.toml reads it from here."""
+"""The version: the one place where it is written."""
 
-__all__ = ["VERSION"]
+from __future__ import annotations
 
-VERSION = "0.2.0"
+__all__ = []
+
+__version__ = "0.2.0"

@@ -38,6 +38,6 @@ def memory_explained() -> Iterator[None]:
 def _explained(error: Exception) -> OutOfMemoryError:
     gist = next(iter(str(error).splitlines()), "") or type(error).__name__
     return OutOfMemoryError(
-        f"memory ran out ({gist}). Lower cache_bytes (--cache-mib), images, latency_batch or the size of the images; "
-        "finished scores are kept where a folder was given"
+        f"memory ran out ({gist}): smaller cache_bytes (--cache-mib), images (--images), latency_batch "
+        "(--latency-batch) or smaller pictures need less; finished scores are kept where out (--out) was given"
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 import fxprune
 import fxprune.api  # before any test patches what it imports
-from fxprune.errors import NoRegionError
+from fxprune.errors import NoRegionError, SourceError
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.reports import tables
@@ -100,7 +101,7 @@ def traced(replace) -> Recorder:
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from fxprune.shell import cli; code = cli.main(['--help']);"
-        "print([m for m in ('onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
+        "print([m for m in ('torch', 'onnx', 'torchvision', 'onnxruntime') if m in sys.modules]); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "compress" in done.stdout
@@ -132,9 +133,97 @@ def test_wrong_usage_gives_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["demo", "--threads", "abc"], "'abc' is not a whole number"),
+        (["demo", "--threads", "99999999999"], "99999999999 does not lie between 1 and 2147483647"),
+        (["demo", "--seed", "99999999999999999999"], "does not lie between 0 and"),
+        (["inspect", "m", "--input-shape", "1,x"], "'x' is not a whole number"),
+        (["inspect", "m", "--input-shape", "1,0"], "0 does not lie between 1 and"),
+        (["inspect", "m", "--input-shape", "99999999999,99999999999,1,1"], "does not lie between"),
+        (["inspect", "m", "--input-shape", "1,3,99999,99999"], "more than 268435456 values"),
+        (["inspect", "m", "--size", "100000"], "100000 does not lie between 1 and 4096"),
+        (["sweep", "m", "--data", "d", "--mean", "1,2"], "'1,2' is not three numbers"),
+        (["sweep", "m", "--data", "d", "--std", "a,b,c"], "'a,b,c' is not three numbers"),
+        (["sweep", "m", "--data", ""], "--data: the path is empty"),
+        (["sweep", "m", "--data", "d", "--out", ""], "--out: the path is empty"),
+        (["compress", "m", "--k", "1", "--data", "d", "--out", ""], "--out: the path is empty"),
+        (["demo", "--out", ""], "--out: the path is empty"),
+        (["inspect", "m", "--weights", ""], "--weights: the path is empty"),
+    ],
+)
+def test_wrong_values_are_named_in_plain_words(argv: list[str], words: str, capsys) -> None:
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and "_positive" not in err
+
+
+@pytest.mark.parametrize("option", ["--mean", "--std"])
+@pytest.mark.parametrize("value", ["nan,1,1", "1,inf,1"])
+def test_means_and_deviations_are_finite(option: str, value: str, traced, replace, photos, capsys) -> None:
+    compress = replace("compress", None)
+    argv = ["compress", "m", "--k", "1", "--data", str(photos), "--size", "8", option, value]
+    assert cli.main(argv) == 2
+    assert "three finite numbers" in capsys.readouterr().err and compress.calls == []
+
+
+def test_the_version_stands_in_one_place(capsys) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
+    root = Path(__file__).parent.parent
+    assert 'attr = "fxprune._version.__version__"' in (root / "pyproject.toml").read_text()
+    quoted = [
+        path.name
+        for path in root.rglob("*.*")
+        if path.suffix in (".py", ".toml", ".cfg") and f'"{fxprune.__version__}"' in path.read_text()
+    ]
+    assert quoted == ["_version.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is what torch brings on Linux")
+@pytest.mark.parametrize(
+    ("users", "seen"),
+    [
+        ({}, "1000 None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+    ],
+)
+def test_waiting_threads_rest_unless_the_user_says_otherwise(users: dict[str, str], seen: str) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    code = (
+        "import os, sys; from fxprune.shell import cli; cli.main(['--version']); assert 'torch' not in sys.modules;"
+        f"print(*(os.environ.get(name) for name in {names}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment | users, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == seen
+
+
+def test_patterns_to_ignore_leave_the_model_alone(traced, replace) -> None:
+    discover = replace("discover", DISCOVERY)
+    assert cli.main(["inspect", "--ignore", "a*,b", "--ignore", "c", "m", "--size", "8"]) == 0
+    assert discover.kwargs["ignore"] == ("a*", "b", "c")
+
+
+def test_what_a_factory_prints_is_no_result(tmp_path: Path, replace, capsys) -> None:
+    path = tmp_path / "noisy.py"
+    path.write_text(
+        "from torch import nn\nprint('importing')\ndef build():\n    print('building')\n    return nn.ReLU()\n"
+    )
+    replace("trace", torch.fx.symbolic_trace(Residual()))
+    replace("discover", DISCOVERY)
+    assert cli.main(["inspect", f"{path}:build", "--size", "8", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["regions"]) == 2
+    assert captured.err == "importing\nbuilding\n"
+
+
 def test_inspect_prints_regions_totals_and_rejections(traced, replace, capsys) -> None:
     discover = replace("discover", DISCOVERY)
-    argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*", "b"]
+    argv = ["inspect", "m", "--size", "8", "--kinds", "identity,projection", "--ignore", "a*,b"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert traced.args[1].shape == (1, 3, 8, 8)
@@ -365,7 +454,9 @@ def test_an_unwritable_folder_is_found_before_anything_else(
     [
         (NoRegionError("nothing\nto drop"), 1),
         (fxprune.errors.OptionError("k is 9"), 2),
+        (SourceError("there is no such file"), 2),
         (OSError(28, "No space left on device"), 1),
+        (MemoryError(), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -376,6 +467,13 @@ def test_errors_are_one_line_and_a_code(traced, replace, capsys, error: BaseExce
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_memory_that_ran_out_brings_advice(traced, replace, capsys) -> None:
+    replace("discover", MemoryError())
+    assert cli.main(["inspect", "m"]) == 1
+    err = capsys.readouterr().err
+    assert all(option in err for option in ("--cache-mib", "--images", "--latency-batch", "scores are kept"))
+
+
 def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> None:
     replace("discover", NoRegionError("nothing to drop"))
     assert cli.main(["inspect", "m", "--verbose"]) == 1
@@ -383,7 +481,7 @@ def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> Non
 
 
 def test_unknown_networks_are_reported(capsys) -> None:
-    assert cli.main(["inspect", "torchvision:resnet43"]) == 1
+    assert cli.main(["inspect", "torchvision:resnet43"]) == 2
     assert "resnet34" in capsys.readouterr().err
 
 

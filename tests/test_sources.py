@@ -14,8 +14,8 @@ from torch import nn
 
 from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
-from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD
-from fxprune.shell.sources import load_images, load_model, load_weights, onnx_inputs
+from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from fxprune.shell.sources import load_model, load_weights, onnx_inputs
 
 
 def test_torchvision_networks_come_untrained_and_in_evaluation_mode() -> None:
@@ -62,6 +62,9 @@ def number():
 
 def broken():
     raise RuntimeError("no such layer")
+
+def leaving():
+    raise SystemExit(0)
 """
 
 
@@ -84,9 +87,10 @@ def test_a_factory_in_a_file_may_import_its_neighbours(factories: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("bild", r"no function 'bild'.*broken, build, number"),
+        ("bild", r"no function 'bild'.*broken, build, leaving, number"),
         ("number", "returned a int"),
         ("broken", r"broken\(\).*failed: RuntimeError: no such layer"),
+        ("leaving", r"leaving\(\).*failed: SystemExit: 0"),
     ],
 )
 def test_factories_that_do_not_build(factories: Path, factory: str, message: str) -> None:
@@ -99,6 +103,9 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
     with pytest.raises(SourceError, match="cannot be imported: SyntaxError"):
         load_model(f"{tmp_path / 'bad.py'}:f")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(7)\n")
+    with pytest.raises(SourceError, match="cannot be imported: SystemExit: 7"):
+        load_model(f"{tmp_path / 'script.py'}:f")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +133,20 @@ def test_a_pt2_file_is_read_through_the_artifact_reader(
     gm = torch.fx.symbolic_trace(nn.ReLU())
     monkeypatch.setattr(artifact, "load", lambda given: gm if given == path else None)
     assert load_model(str(path)) is gm
+
+
+@pytest.mark.parametrize("name", ["dir.pt2", "results"])
+def test_a_folder_that_save_wrote_names_its_network(tmp_path: Path, name: str) -> None:
+    gm = torch.fx.symbolic_trace(nn.ReLU())
+    artifact.save(gm, tmp_path / name, example_inputs=(torch.zeros(1, 2),))
+    assert torch.equal(load_model(str(tmp_path / name))(-torch.ones(3, 2)), torch.zeros(3, 2))
+
+
+def test_an_empty_name_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="names no network"):
+        load_model("")
 
 
 def network() -> nn.Sequential:
@@ -174,6 +195,38 @@ def test_keys_that_do_not_match_are_listed_and_nothing_is_loaded(tmp_path: Path)
     assert "13 unexpected: extra.0" in message and "extra.9 and 3 more" in message
     assert "0.weight ((5, 3, 1, 1), the network has (4, 3, 1, 1))" in message
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to_sparse(), r"kind: 0.weight \(sparse"),
+        (lambda x: x.to("meta"), r"kind: 0.weight \(sparse or without values"),
+        (lambda x: x.to(torch.complex64), r"0.weight \(complex numbers"),
+    ],
+    ids=["sparse", "meta", "complex"],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, change, words: str) -> None:
+    model, state = network(), network().state_dict()
+    state["0.weight"] = change(state["0.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(SourceError, match=words):
+        load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model[0].weight, network()[0].weight)
+
+
+def test_complex_weights_fit_complex_networks(tmp_path: Path) -> None:
+    source, target = (nn.Linear(2, 2, dtype=torch.complex64) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert torch.equal(source.weight, target.weight)
+
+
+def test_numbered_tensors_are_refused(tmp_path: Path) -> None:
+    torch.save(dict(enumerate(network().state_dict().values())), tmp_path / "w.pt")
+    with pytest.raises(SourceError, match=r"numbers its tensors.*state_dict"):
+        load_weights(network(), tmp_path / "w.pt")
 
 
 def test_missing_and_unsafe_checkpoints(tmp_path: Path) -> None:
@@ -238,6 +291,41 @@ def test_unreadable_images_are_named_skipped_and_replaced(
     assert all(len(load_images(photos, size=8, limit=6, seed=seed).paths) == 6 for seed in range(5))
 
 
+def test_pictures_of_extreme_shape_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shape in (("thin", (1, 20000)), ("long", (421, 20)), ("wide", (20, 401)), ("good", (20, 400))):
+        Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    convert, decoded = Image.Image.convert, []
+    monkeypatch.setattr(
+        Image.Image, "convert", lambda image, *args: decoded.append(image.size) or convert(image, *args)
+    )
+    images = load_images(tmp_path, size=28)
+    assert [path.name for path in images.paths] == ["good.png"] and decoded == [(400, 20)]
+    assert next(iter(images)).shape == (1, 3, 28, 28)
+    assert sum("over 20 times" in entry for entry in images.unreadable) == 3
+    assert any("20000 x 1 pixels" in entry for entry in images.unreadable)
+
+
+@pytest.mark.filterwarnings("default")  # as in the shell, where a warning alone stops nothing
+def test_pictures_of_too_many_pixels_are_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
+    images = load_images(photos, size=8)
+    assert {path.name for path in images.paths} == {"0.png", "grey.png"}
+    assert len(images.unreadable) == 5 and all("exceeds limit" in entry for entry in images.unreadable)
+
+
+def test_memory_that_ran_out_is_no_property_of_a_picture(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError):
+        load_images(photos, size=8)
+
+
 def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         load_images(tmp_path / "none")
@@ -259,6 +347,8 @@ def test_folders_without_images(tmp_path: Path) -> None:
         {"resize": 3, "size": 8},
         {"std": (0, 1, 1)},
         {"mean": (1,)},
+        {"mean": (float("nan"), 0, 0)},
+        {"std": (1, float("inf"), 1)},
     ],
 )
 def test_image_options_out_of_range(photos: Path, options) -> None:
@@ -282,6 +372,12 @@ def test_onnx_inputs_follow_the_file(tmp_path: Path) -> None:
     assert torch.equal(onnx_inputs(path)[0], onnx_inputs(path)[0])
     integers = write_onnx(tmp_path / "i.onnx", (2, 3), kind=TensorProto.INT64)
     assert onnx_inputs(integers)[0].dtype == torch.int64
+
+
+def test_inputs_of_absurd_size_are_refused(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "m.onnx", ("batch", 3, 8, 8))
+    with pytest.raises(OptionError, match=r"x0 of .* would be \[2147483647, 3, 8, 8\]: over"):
+        onnx_inputs(path, batch=2**31 - 1)
 
 
 def test_free_dimensions_need_a_shape(tmp_path: Path) -> None:

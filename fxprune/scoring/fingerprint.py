@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune._version import VERSION
+from fxprune._version import __version__
 from fxprune.errors import OptionError
 from fxprune.recovery.features import FeatureReader
 from fxprune.recovery.original import Original
@@ -93,7 +93,7 @@ def fingerprint_of(original: Original, settings: Mapping[str, Any]) -> Fingerpri
         images=original.images.fingerprint(),
         features=_hash_features(original),
         settings=plain,
-        versions=json.dumps({"fxprune": VERSION, "torch": torch.__version__}),
+        versions=json.dumps({"fxprune": __version__, "torch": torch.__version__}),
     )
 
 

@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+import math
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
-__all__ = ["add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
+from fxprune.graph.regions import Kind
+from fxprune.options import RECIPES, Backend, Criterion, Selection
+
+__all__ = ["MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_MODEL = "torchvision:NAME, timm:NAME, path/to/file.py:factory, or a .pt2 file"
-_KINDS = ("identity", "projection", "sequential")
-_BACKENDS = ("torch", "onnxruntime-cpu", "onnxruntime-cuda")
+MOST_VALUES = 2**28
+"""Values in one input: a GiB of float32."""
+
+_MODEL = "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one"
+_KINDS = tuple(kind.value for kind in Kind)
+_BACKENDS, _SELECTIONS = get_args(Backend), get_args(Selection)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _numbers(kind: type[int | float], count: int | None = None) -> Callable[[str], tuple[Any, ...]]:
-    """An argument type: numbers separated by commas."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        values = tuple(kind(part) for part in text.split(","))
-        if (count is not None and len(values) != count) or (kind is int and min(values) < 1):
-            raise ValueError
-        return values
-
-    parse.__name__ = f"list of {count or 'positive'} numbers"
-    return parse
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+def _whole(text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{value} does not lie between {least} and {most}")
     return value
+
+
+_positive = partial(_whole, least=1, most=2**31 - 1)
+_size = partial(_whole, least=1, most=4096)
+_seed = partial(_whole, least=0, most=2**63 - 2)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(_positive(part) for part in text.split(","))
+    if math.prod(shape) > MOST_VALUES:
+        raise argparse.ArgumentTypeError(f"{text} holds more than {MOST_VALUES} values")
+    return shape
+
+
+def _channels(text: str) -> tuple[float, ...]:
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers, as in 0.5,0.5,0.5") from None
+    return red, green, blue
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; for this folder give .")
+    return text
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -47,13 +70,18 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint: .safetensors, .pt, .pth")
-    parser.add_argument("--size", type=_positive, default=224, help="image height and width (224)")
+    parser.add_argument("--weights", type=_path, metavar="FILE", help="checkpoint: .safetensors, .pt, .pth")
+    parser.add_argument("--size", type=_size, default=224, help="image height and width (224)")
     parser.add_argument(
         "--kinds", type=_kinds, default=("identity",), help=f"kinds of region: {','.join(_KINDS)} (identity)"
     )
     parser.add_argument(
-        "--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help="regions to leave alone"
+        "--ignore",
+        type=lambda text: text.split(","),
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="regions to leave alone; several with commas, or the option again",
     )
 
 
@@ -61,9 +89,9 @@ def add_demo(commands: Commands) -> argparse.ArgumentParser:
     """Arguments of `fxprune demo`."""
     parser = commands.add_parser("demo", help="train, compress and measure on real digits")
     parser.add_argument(
-        "--out", default="fxprune-demo", metavar="DIR", help="where results go (fxprune-demo)"
+        "--out", type=_path, default="fxprune-demo", metavar="DIR", help="where results go (fxprune-demo)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     return parser
@@ -73,24 +101,24 @@ def add_inspect(commands: Commands) -> argparse.ArgumentParser:
     """Arguments of `fxprune inspect`."""
     parser = commands.add_parser("inspect", help="list what can be cut, and why the rest not")
     _add_model(parser)
-    parser.add_argument("--input-shape", type=_numbers(int), metavar="1,3,224,224", help="in place of --size")
+    parser.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="in place of --size")
     parser.add_argument("--front-end", choices=("auto", "fx", "export"), default="auto")
     return parser
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", required=True, metavar="IMAGES/", help="folder of images; labels are not used"
+        "--data", type=_path, required=True, metavar="IMAGES/", help="folder of images; labels are not used"
     )
     parser.add_argument("--images", type=_positive, default=500, help="calibration images to draw (500)")
-    parser.add_argument("--mean", type=_numbers(float, 3), default=_IMAGENET_MEAN, metavar="R,G,B")
-    parser.add_argument("--std", type=_numbers(float, 3), default=_IMAGENET_STD, metavar="R,G,B")
+    parser.add_argument("--mean", type=_channels, default=_IMAGENET_MEAN, metavar="R,G,B")
+    parser.add_argument("--std", type=_channels, default=_IMAGENET_STD, metavar="R,G,B")
 
 
 def _add_scoring(parser: argparse.ArgumentParser, selections: tuple[str, ...]) -> None:
     """What decides about scores, for `compress` and `sweep` alike."""
-    parser.add_argument("--recipe", choices=("fast", "practise"), default="fast")
-    parser.add_argument("--criterion", choices=("recovery", "l2", "kl"), default="recovery")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="fast")
+    parser.add_argument("--criterion", choices=get_args(Criterion), default="recovery")
     parser.add_argument("--selection", choices=selections, help="how sets are chosen (as the recipe says)")
     parser.add_argument(
         "--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)"
@@ -103,7 +131,7 @@ def _add_scoring(parser: argparse.ArgumentParser, selections: tuple[str, ...]) -
     parser.add_argument(
         "--cache-mib", type=_positive, default=2048, metavar="N", help="memory for activations (2048)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
 
@@ -121,6 +149,7 @@ def add_compress(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
+        type=_path,
         metavar="OUT/",
         help="write original.onnx, model.onnx, model.pt2, model.safetensors and report.json there; "
         "a run that was interrupted goes on from the scores it kept there",
@@ -129,7 +158,7 @@ def add_compress(commands: Commands) -> argparse.ArgumentParser:
         "--submodule", metavar="PATH", help="compress this part of the network only; files hold the part"
     )
     _add_data(parser)
-    _add_scoring(parser, ("greedy", "independent", "exact"))
+    _add_scoring(parser, _SELECTIONS)
     return parser
 
 
@@ -137,9 +166,11 @@ def add_sweep(commands: Commands) -> argparse.ArgumentParser:
     """Arguments of `fxprune sweep`."""
     parser = commands.add_parser("sweep", help="latency and recovery loss for every number of cuts")
     _add_model(parser)
-    parser.add_argument("--out", metavar="OUT/", help="write sweep.json and sweep.svg there, and keep scores")
+    parser.add_argument(
+        "--out", type=_path, metavar="OUT/", help="write sweep.json and sweep.svg there, and keep scores"
+    )
     _add_data(parser)
-    _add_scoring(parser, ("greedy", "independent"))
+    _add_scoring(parser, tuple(name for name in _SELECTIONS if name != "exact"))
     return parser
 
 
@@ -151,12 +182,7 @@ def add_measure(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=_BACKENDS[1:], default="onnxruntime-cpu")
     parser.add_argument("--batch", type=_positive, metavar="N", help="batch size (the file's, or 1)")
     parser.add_argument(
-        "--input-shape",
-        type=_numbers(int),
-        action="append",
-        default=[],
-        metavar="1,3,224,224",
-        help="one an input",
+        "--input-shape", type=_shape, action="append", default=[], metavar="1,3,224,224", help="one an input"
     )
     parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds (until the interval is narrow)")

@@ -1,7 +1,8 @@
 """The pipeline for the shell: `fxprune demo | inspect | compress | sweep | measure`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
-else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage or options, 130 interrupted.
+else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage (an option, or a
+model, checkpoint or folder that cannot be found or used), 130 interrupted.
 
 Under `torchrun` every process runs `compress` and `sweep`; the first one alone prints results and writes files.
 """
@@ -12,12 +13,15 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fxprune.errors import FxpruneError, OptionError
+from fxprune._version import __version__
+from fxprune.errors import FxpruneError, OptionError, SourceError
+from fxprune.memory import memory_explained
 from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
 
 __all__ = ["main"]
@@ -38,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see the module docstring.
     """
+    if sys.platform == "linux" and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        # threads that spin while they wait take the cores from each other beside any other work; read with torch
+        os.environ["GOMP_SPINCOUNT"] = "1000"
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse exits by itself, with its message printed
@@ -49,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command: Callable[[argparse.Namespace], None] = args.run
     try:
-        command(args)
+        with memory_explained():
+            command(args)
     except KeyboardInterrupt:
         print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
         return 130
@@ -57,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             logging.getLogger(__name__).exception("%s failed", args.command)
         print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return 2 if isinstance(error, (OptionError, SourceError)) else 1
     return 0
 
 
@@ -66,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fxprune",
         description="Cut residual blocks out of trained vision networks, from a few unlabelled images.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, run in _COMMANDS:
         command = add(commands)
@@ -169,7 +178,7 @@ def _print_report(args: argparse.Namespace, loader: Any, report: Any) -> None:
 def _given(args: argparse.Namespace, talks: bool) -> tuple[Any, Any]:
     """The model and the images; a folder that cannot be written is found before they are read."""
     from fxprune.files import check_writable
-    from fxprune.shell.sources import load_images
+    from fxprune.shell.images import load_images
 
     if args.out is not None:
         check_writable(args.out)

@@ -8,8 +8,6 @@ at, and is compared with what it came from on digits that neither training nor c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from fxprune.errors import SourceError
 from fxprune.export import artifact
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, Recipe
+from fxprune.processes.threads import using_threads
 from fxprune.reports.tables import render
 
 __all__ = ["Digits", "DigitsNet", "load_digits", "run", "train"]
@@ -137,18 +136,18 @@ def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = T
         torch.manual_seed(seed)
         model = DigitsNet().train()
         batches = len(digits.images) // BATCH
-        optimiser = torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.1, total_steps=epochs * batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * batches)
         with tqdm(total=epochs * batches, desc="train", unit="step", disable=not progress) as bar:
             for _ in range(epochs):
                 # The last batch, an incomplete one, may be too small for batch norm: it is left out.
                 for index in torch.randperm(len(digits.images))[: batches * BATCH].view(batches, BATCH):
                     loss = functional.cross_entropy(model(digits.images[index]), digits.labels[index])
-                    optimiser.zero_grad()
+                    optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                    optimiser.step()
+                    optimizer.step()
                     schedule.step()
                     bar.update()
     return model.eval()
@@ -183,7 +182,7 @@ def run(
     started = time.perf_counter()
     artifact.check_writable(out)
     digits = load_digits(seed)
-    with _threads(threads):
+    with using_threads(threads):
         model = train(digits, seed=seed, epochs=epochs, progress=progress)
         trained_s = time.perf_counter() - started
         few = digits.images[:CALIBRATION]
@@ -283,25 +282,8 @@ def _table(figures: dict[str, Any]) -> str:
     ]
     for name, latency in figures["latency"].items():
         low, high = latency["interval"]
-        rows.append(
-            (
-                f"{name}, {latency['batch']} images",
-                f"{latency['before_s'] * 1e3:.2f} ms",
-                f"{latency['after_s'] * 1e3:.2f} ms",
-                f"{latency['ratio']:.2f} of the time (95 %: {low:.2f} to {high:.2f})",
-            )
-        )
+        before, after = (f"{latency[key] * 1e3:.2f} ms" for key in ("before_s", "after_s"))
+        ratio = f"{latency['ratio']:.2f} of the time (95 %: {low:.2f} to {high:.2f})"
+        rows.append((f"{name}, {latency['batch']} images", before, after, ratio))
     rows.append(("dropped", "", ", ".join(figures["dropped"]), ""))
     return render(("", "original", "compressed", ""), rows)
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Set torch's threads, and put them back."""
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional
 from tqdm import tqdm
 
 from fxprune.errors import OptionError, SourceError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "SUFFIXES", "ImageBatches", "load_images"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MOST_ASPECT", "SUFFIXES", "ImageBatches", "load_images"]
 
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_ASPECT = 20
+"""Longer side over shorter side: beyond it, a picture of a few bytes is resized to one of gigabytes."""
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Endings of the files that count as images, in lower case."""
 
@@ -80,8 +84,8 @@ def load_images(
     """Draw images from a folder, nested or flat, and prepare them as for evaluation on ImageNet.
 
     Each is converted to RGB, its shorter side resized to `resize`, the centre cropped to `size`, scaled to
-    [0, 1] and normalised. A file that cannot be decoded is logged, listed in `unreadable`, and another one
-    drawn in its place.
+    [0, 1] and normalised. A file that cannot be decoded, is longer than `MOST_ASPECT` times its breadth, or has more
+    than `PIL.Image.MAX_IMAGE_PIXELS` pixels is logged, listed in `unreadable`, and another one drawn in its place.
 
     Args:
         folder: Searched with all folders below it; hidden files are left out, folder names (labels) not used.
@@ -106,12 +110,16 @@ def load_images(
     paths: list[Path] = []
     unreadable: list[str] = []
     wanted = min(limit, len(candidates))
-    with tqdm(total=wanted, desc="reading images", unit="image", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=wanted, desc="reading images", unit="image", disable=not progress, leave=False)
+    with bar, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for path in candidates:
             if len(images) == limit:
                 break
             try:
                 images.append(_decode(path, resize, size))
+            except MemoryError:
+                raise
             except Exception as error:  # decoders raise whatever a damaged file leads them into
                 logger.warning("Skipped %s: it cannot be read as an image (%s).", path, error)
                 unreadable.append(f"{path}: {error}")
@@ -136,9 +144,10 @@ def _check_options(
             raise OptionError(f"{name} is {value}: give 1 or more.")
     if resize < size:
         raise OptionError(f"resize is {resize}, below the crop of {size} pixels: give at least {size}.")
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if len(mean) != 3 or len(std) != 3 or not finite or min(std) <= 0:
         raise OptionError(
-            f"mean is {tuple(mean)} and std {tuple(std)}: give three numbers each, for red, green and blue, "
+            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
             "and standard deviations above 0."
         )
 
@@ -158,13 +167,12 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _decode(path: Path, resize: int, size: int) -> Tensor:
-    """One image as uint8 [3, size, size]; rounds as torchvision's `Resize` and `CenterCrop` do."""
+    """One image as uint8 [3, size, size]; its size is looked at before its pixels are read."""
     with Image.open(path) as file:
+        if max(file.size) > MOST_ASPECT * min(file.size):
+            raise ValueError(
+                f"{file.width} x {file.height} pixels, over {MOST_ASPECT} times as long as broad"
+            )
         image = file.convert("RGB")
-    width, height = image.size
-    shorter = min(width, height)
-    scaled = (int(resize * width / shorter), int(resize * height / shorter))
-    image = image.resize(scaled, Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    image = functional.center_crop(functional.resize(image, resize), size)
+    return torch.as_tensor(functional.pil_to_tensor(image))

@@ -37,13 +37,8 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
             for region in found.regions
         ],
         "rejections": [
-            {
-                "label": item.label,
-                "reason": item.reason.value,
-                "detail": item.detail,
-                "nodes": list(item.nodes),
-            }
-            for item in found.rejections
+            {"label": r.label, "reason": r.reason.value, "detail": r.detail, "nodes": list(r.nodes)}
+            for r in found.rejections
         ],
     }
 
@@ -82,14 +77,8 @@ def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
 def tables(data: dict[str, Any]) -> str:
     """The description as text: regions, totals by kind, rejections."""
     regions = [
-        (
-            item["label"],
-            item["kind"],
-            "x".join(map(str, item["shape"])),
-            len(item["modules"]),
-            item["parameters_saved"],
-        )
-        for item in data["regions"]
+        (r["label"], r["kind"], "x".join(map(str, r["shape"])), len(r["modules"]), r["parameters_saved"])
+        for r in data["regions"]
     ]
     totals = ", ".join(f"{count} {kind}" for kind, count in data["counts"].items())
     parts = [

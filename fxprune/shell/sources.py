@@ -1,4 +1,4 @@
-"""What the shell's arguments name: networks, checkpoints, images, and the inputs of an ONNX file."""
+"""What the shell's arguments name: networks, checkpoints, and the inputs of an ONNX file."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import difflib
 import importlib.util
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
-from fxprune.shell.images import ImageBatches, load_images
+from fxprune.shell.arguments import MOST_VALUES
 
-__all__ = ["ImageBatches", "load_images", "load_model", "load_weights", "onnx_inputs"]
+__all__ = ["load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
-_FORMS = "Give torchvision:NAME, timm:NAME, path/to/file.py:factory, or a .pt2 file."
+_FORMS = "Give torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one."
 _CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 _PREFIXES = ("module.", "_orig_mod.")
-_NESTS = ("state_dict", "model")
 _LISTED = 10
 
 
@@ -36,7 +35,7 @@ def load_model(spec: str) -> nn.Module:
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME`, `path/to/file.py:factory` (the file is run, and `factory()`
-            called), or a `.pt2` file.
+            called), a `.pt2` file, or the folder that holds `model.pt2`.
 
     Raises:
         SourceError: There is no such network, or it cannot be built; the message says what there is.
@@ -51,17 +50,18 @@ def load_model(spec: str) -> nn.Module:
     if colon and path.endswith(".py"):
         return _factory_model(Path(path), factory).eval()
     suffix = Path(spec).suffix
-    if suffix == ".pt2":
-        return _exported_model(Path(spec))
+    if suffix == ".pt2" or (spec and Path(spec, "model.pt2").is_file()):
+        if not Path(spec).exists():
+            raise SourceError(f"The file {spec} does not exist.")
+        return artifact.load(Path(spec))
     if suffix == ".py":
         raise SourceError(
             f"{spec} names a file but no function in it: give {spec}:FACTORY, which returns the network."
         )
     if suffix in _CHECKPOINTS:
         raise SourceError(
-            f"{spec} is a checkpoint: it holds weights, or a pickled network, which would run code "
-            "from the file when "
-            f"it is read. Name the network, and give the file as --weights {spec}. {_FORMS}"
+            f"{spec} is a checkpoint: it holds weights, or a pickled network, which would run code from the file "
+            f"when it is read. Name the network, and give the file as --weights {spec}. {_FORMS}"
         )
     hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
     raise SourceError(f"{spec!r} names no network.{hint} {_FORMS}")
@@ -99,20 +99,14 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"The nearest names: {', '.join(nearest)}." if nearest else f"It has {len(known)} others."
 
 
-def _exported_model(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise SourceError(f"The file {path} does not exist.")
-    return artifact.load(path)
-
-
 def _factory_model(path: Path, factory: str) -> nn.Module:
     if not path.is_file():
         raise SourceError(f"The file {path} does not exist.")
-    # the file may import its neighbours, as it could when run as a script
-    with _importable(path.resolve().parent):
+    # the file may import its neighbours, as it could when run as a script; what it prints is no result
+    with _importable(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
         try:
             module = _import_file(path)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SourceError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
         build = getattr(module, factory, None)
         if not callable(build):
@@ -120,7 +114,7 @@ def _factory_model(path: Path, factory: str) -> nn.Module:
             raise SourceError(f"{path} has no function {factory!r}. It has: {', '.join(names) or 'none'}.")
         try:
             network = build()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SourceError(f"{factory}() in {path} failed: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise SourceError(
@@ -165,22 +159,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         path: A `.safetensors` file, or a `.pt`, `.pth`, `.ckpt` or `.bin` checkpoint without code.
 
     Raises:
-        SourceError: The file is missing, or names or shapes do not match; the message lists them.
+        SourceError: The file is missing, or names, shapes or kinds of tensor do not match; the message lists them.
         ArtifactError: The file is damaged, or would run code when read.
     """
     if not Path(path).is_file():
         raise SourceError(f"The checkpoint {path} does not exist.")
-    state = _unwrapped(artifact.load_state(path))
+    state = artifact.load_state(path)
+    if not all(isinstance(key, str) for key in state):
+        raise SourceError(f"The checkpoint {path} numbers its tensors; write the network's state_dict().")
+    state = _unwrapped(state)
     expected = model.state_dict()
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} ({tuple(state[key].shape)}, the network has {tuple(value.shape)})"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    found = [(key, _misfit(state[key], value)) for key, value in expected.items() if key in state]
+    unfit = [f"{key} ({misfit})" for key, misfit in found if misfit]
+    if missing or unexpected or unfit:
+        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape or kind", unfit))
         raise SourceError(
             f"The checkpoint {path} does not fit the network: "
             + "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in lists if keys)
@@ -190,11 +184,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     logger.info("Loaded %d tensors from %s.", len(state), path)
 
 
-def _unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
-    for key in _NESTS:
-        nested = state.get(key)
-        if isinstance(nested, dict):
-            return _unwrapped(nested)
+def _misfit(given: Tensor, own: Tensor) -> str | None:
+    if given.layout is not torch.strided or given.is_meta:
+        return "sparse or without values: write it as a dense tensor"
+    if given.is_complex() and not own.is_complex():
+        return "complex numbers, the network's are real"
+    if given.shape != own.shape:
+        return f"{tuple(given.shape)}, the network has {tuple(own.shape)}"
+    return None
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()})
@@ -245,6 +245,8 @@ def onnx_inputs(
         shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
         if 0 in shape:
             raise OptionError(f"Input {entry.name} of {path} has free dimensions: give --input-shape.")
+        if math.prod(shape) > MOST_VALUES:
+            raise OptionError(f"Input {entry.name} of {path} would be {shape}: over {MOST_VALUES} values.")
         values = torch.randn(shape, generator=generator)
         numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         dtype = getattr(torch, str(numpy_type), None)
