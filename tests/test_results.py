@@ -1,0 +1,264 @@
+"""The files of one run: all of one run or none, whatever ends it; and who may work in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor, fx, nn
+
+import fxprune
+from fxprune.errors import ArtifactError, ExportError, OptionError, OutOfMemoryError
+from fxprune.export import artifact
+from fxprune.pipeline import closing, results, stages
+from fxprune.pipeline.results import Results
+from tests.doubles import brief, count_latency
+from tests.tiny import images, tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK_FILES = {"model.pt2", "model.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_latency(monkeypatch)
+
+
+def compress(folder: Path, k: int = 1, **settings: Any) -> nn.Module:
+    settings = {"recipe": brief(), "progress": False, "latency_batch": 2, "out": folder, **settings}
+    return fxprune.compress(settings.pop("model", None) or tiny(), images(), k, **settings)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report of a folder, which must tell the truth about every file beside it."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    assert files(folder) == {"report.json", *report["files"]}
+    for name, digest in report["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    return report
+
+
+def test_a_folder_holds_the_network_and_a_report_about_it(tmp_path: Path) -> None:
+    small = compress(tmp_path, 2)
+    report = report_of(tmp_path)
+    assert report["files"].keys() == NETWORK_FILES
+    assert report == json.loads(fxprune.report(small).to_json())
+    again = artifact.load(tmp_path)
+    assert torch.allclose(again(images(3)), small(images(3)), atol=1e-6)
+
+
+def test_onnx_files_belong_to_the_results_when_asked_for(tmp_path: Path) -> None:
+    compress(tmp_path, 2, onnx=True)
+    assert report_of(tmp_path)["files"].keys() == NETWORK_FILES | {"model.onnx", "original.onnx"}
+    nodes = [len(onnx.load(tmp_path / name).graph.node) for name in ("model.onnx", "original.onnx")]
+    assert nodes[0] < nodes[1]
+
+
+def test_results_of_a_part_hold_the_part(tmp_path: Path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) if float(x.sum()) > 1e9 else self.body(x) + 1
+
+    whole = compress(tmp_path, model=Whole().eval(), submodule="body", onnx=True)
+    assert isinstance(whole, Whole)
+    assert torch.allclose(artifact.load(tmp_path)(images(2)), whole.body(images(2)), atol=1e-6)
+    assert report_of(tmp_path)["files"].keys() == NETWORK_FILES | {"model.onnx", "original.onnx"}
+
+
+def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(tmp_path, 1, onnx=True)
+    monkeypatch.setattr(closing, "agreement", lambda *_: 0.5)
+    with pytest.raises(OptionError, match=r"min_agreement is 1.0, but .* holds that network"):
+        compress(tmp_path, 3, min_agreement=1.0)
+    report = report_of(tmp_path)
+    assert len(report["plan"]["chosen"]) == 3 and report["files"].keys() == NETWORK_FILES
+    assert count(artifact.load(tmp_path)) == report["parameters"][1]
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("where", ["measurement", "report"])
+def test_a_run_that_fails_after_mimicking_leaves_its_network(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(tmp_path, 1, onnx=True)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ArtifactError("the disk is full")
+
+    if where == "measurement":
+        monkeypatch.setattr(closing, "compare_networks", broken)
+    else:
+        monkeypatch.setattr(results, "write_text_atomic", broken)
+    with pytest.raises(ArtifactError, match="disk is full"):
+        compress(tmp_path, 3)
+    assert files(tmp_path) == NETWORK_FILES  # no report of either run: the folder is not finished
+    with pytest.raises(AssertionError):
+        assert count(artifact.load(tmp_path)) == count(tiny())
+
+
+def test_a_run_that_fails_before_leaves_the_run_before_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(tmp_path, 1)
+    before = report_of(tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "recover", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path, 3)
+    assert report_of(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_written_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ExportError("there is no ONNX form")
+
+    monkeypatch.setattr(closing, "export_onnx", refused)
+    with pytest.raises(ExportError, match=r"no ONNX form.*holds what could be written"):
+        compress(tmp_path, 1, onnx=True)
+    report = report_of(tmp_path)
+    assert report["files"].keys() == NETWORK_FILES
+    assert report["notes"] == ["there is no ONNX form"] * 2
+
+
+def test_an_old_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(ArtifactError, match=r"report.json is of an earlier run and cannot be removed"):
+        Results(tmp_path, "report.json", []).begin()
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    compress(tmp_path)
+    with (
+        FileLock(tmp_path / "scores" / ".lock"),
+        pytest.raises(ArtifactError, match=r"is in use: another run"),
+    ):
+        compress(tmp_path)
+    compress(tmp_path)
+
+
+def test_a_dead_run_holds_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from filelock import FileLock; from pathlib import Path\n"
+        "folder = Path(sys.argv[1]) / 'scores'; folder.mkdir(parents=True)\n"
+        "FileLock(folder / '.lock').acquire(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+    compress(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["hook", "function"])
+def test_what_a_leaf_computes_is_a_part_of_the_question(where: str, tmp_path: Path) -> None:
+    """Neither the graph's text nor a weight tells that it changed (a forward hook, a wrapped function)."""
+
+    def losses(factor: float, out: Path | None) -> list[float]:
+        model = tiny()
+        if where == "hook":
+            model.body[0].conv2.register_forward_hook(lambda module, given, result: result * factor)
+        else:
+            _FACTOR[0] = factor
+            model = Scaled(model)
+        small = compress(out, model=model)  # type: ignore[arg-type]
+        return [score.recovery_loss for score in fxprune.report(small).plan.scores]
+
+    first, fresh = losses(1.0, tmp_path), losses(3.0, None)
+    assert first != fresh
+    assert losses(3.0, tmp_path) == fresh
+    assert losses(1.0, tmp_path) == first
+
+
+_FACTOR = [1.0]
+
+
+@fx.wrap
+def scaled(x: Tensor) -> Tensor:
+    return x * _FACTOR[0]
+
+
+class Scaled(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.network
+        return n.head(n.pool(n.tail(scaled(n.body(n.stem(x))))).flatten(1))
+
+
+def test_what_was_frozen_stays_frozen(tmp_path: Path) -> None:
+    model = tiny()
+    model.stem.requires_grad_(False)
+    small = fxprune.compress(model, images(), 1, recipe=brief(), progress=False)
+    frozen = {name for name, p in small.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem.weight", "stem.bias"}
+
+
+def test_a_target_that_is_met_already_cuts_nothing() -> None:
+    with pytest.raises(
+        OptionError, match=r"takes .* ms already, less than target_latency_ms, 1000.0 .*nothing to cut"
+    ):
+        fxprune.compress(tiny(), images(), target_latency_ms=1000.0, recipe=brief(), progress=False)
+
+
+def test_an_exported_program_has_no_submodule() -> None:
+    program = torch.export.export(tiny(), (images(2),))
+    with pytest.raises(OptionError, match="an exported program has none"):
+        fxprune.compress(program, images(), 1, submodule="body")  # type: ignore[call-overload]
+
+
+def test_memory_that_ran_out_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 EiB")
+
+    monkeypatch.setattr(stages, "recover", greedy)
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out .*4 EiB.*smaller cache_bytes") as caught:
+        fxprune.compress(tiny(), images(), 1, recipe=brief(), progress=False)
+    assert isinstance(caught.value, MemoryError)
+
+
+def test_the_library_joins_no_process_group() -> None:
+    """Only the shell's program does: in a user's own program the variables mean something else."""
+    code = (
+        "import pytest, torch, fxprune; from tests.tiny import tiny, images\n"
+        "from tests.doubles import brief, count_latency; count_latency(pytest.MonkeyPatch())\n"
+        "fxprune.compress(tiny(), images(), 1, recipe=brief(), progress=False)\n"
+        "assert not torch.distributed.is_initialized()"
+    )
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
