@@ -5,7 +5,9 @@ They lie below every layer because scoring, timing and reporting all speak them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Interval", "Latency", "LatencyComparison", "NotMeasured"]
 
@@ -76,6 +78,16 @@ class LatencyComparison:
     ratio: float
     interval: Interval
     shared_by: int = 1
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LatencyComparison:
+        """The comparison that `dataclasses.asdict` took apart, as JSON gives it back."""
+        before, after = (
+            Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
+            for side in ("before", "after")
+        )
+        interval = Interval(**fields["interval"])
+        return cls(before, after, float(fields["ratio"]), interval, int(fields["shared_by"]))
 
     @property
     def saved_s(self) -> float:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from fxprune.graph.regions import Region
-from fxprune.measurements import Interval, Latency, LatencyComparison
+from fxprune.measurements import LatencyComparison
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, _hash
@@ -117,19 +116,10 @@ def stored_latency(
     found = None if store is None else store.get_record(name)
     if found is not None:
         try:
-            return tuple(_comparison(fields) for fields in found)
+            return tuple(LatencyComparison.from_dict(fields) for fields in found)
         except (TypeError, KeyError) as error:
             logger.warning("the latencies kept as %r cannot be read and are measured again: %s", name, error)
     measured = tuple(measure())
     if store is not None:
         store.put_record(name, [asdict(comparison) for comparison in measured])
     return measured
-
-
-def _comparison(fields: Mapping[str, Any]) -> LatencyComparison:
-    before, after = (
-        Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
-        for side in ("before", "after")
-    )
-    interval = Interval(**fields["interval"])
-    return LatencyComparison(before, after, float(fields["ratio"]), interval, int(fields["shared_by"]))
