@@ -27,6 +27,7 @@ __all__ = [
     "agreement",
     "cifar10_test",
     "data_folder",
+    "few_photographs",
     "few_shot",
     "load_weights",
     "photographs",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 VARIABLE = "FXPRUNE_DATA"
-DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -117,6 +118,18 @@ def photographs(part: str, data: str | Path | None = None) -> LabelledImages:
     files = _files(data_folder(data) / "photos" / part, "*.jpg")
     labels = [int(file.name.split("_")[0]) for file in files]
     return LabelledImages(_load(files, _read_photograph), torch.tensor(labels))
+
+
+def few_photographs(images: int, seed: int, *, data: str | Path | None = None) -> Tensor:
+    """Draw photographs `[images, 3, 224, 224]` to compress with; a smaller draw begins a larger one of its seed.
+
+    Raises:
+        OptionError: There are not so many.
+    """
+    pool = photographs("fit", data).images
+    if not 1 <= images <= len(pool):
+        raise OptionError(f"cannot draw {images} photographs: there are {len(pool)}")
+    return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:images]]
 
 
 def load_weights(model: nn.Module, name: str, data: str | Path | None = None) -> nn.Module:
