@@ -433,7 +433,7 @@ def test_every_entry_has_its_own_origin(results: Path, monkeypatch: pytest.Monke
 
 def test_a_commands_note_leaves_out_where_the_data_are() -> None:
     parser = options.parser("recovery", "About.", k=3, data=None)
-    for given in (["--data", "/home/me", "--k", "4"], ["--k", "4", "--data=/home/me"]):
+    for given in (["--data", "elsewhere", "--k", "4"], ["--k", "4", "--data=elsewhere"]):
         assert options.parse(parser, given).command == "python -m benchmarks.claims.recovery --k 4"
 
 

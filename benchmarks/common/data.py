@@ -135,8 +135,8 @@ def few_photographs(images: int, seed: int, *, data: str | Path | None = None) -
 def load_weights(model: nn.Module, name: str, data: str | Path | None = None) -> nn.Module:
     """Load `weights/NAME.pt` into a network: float32, evaluation mode, laid out channels last.
 
-    That layout makes torch's convolutions on a CPU faster, in training and in serving (ResNet-20: a step
-    of an adaptor fit takes 0.8 times as long), so it is the fairer original to compare with.
+    That layout makes torch's convolutions on a CPU faster, in training and in serving, so it is the fairer
+    original to compare with (docs/decisions/0008-channels-last-originals.md).
 
     Raises:
         SourceError: If the file is not there, or its keys are not the network's.
