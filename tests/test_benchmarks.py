@@ -206,6 +206,10 @@ def test_scoring_runs_resumes_and_takes_a_reference_over(
     assert taken["reference taken from/other.json"] == first["environment"]
     scoring.main([*some, "--out", "other"])  # takes the marked entry up
     assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
+    first["settings"]["threads"] = 99  # so all starts anew, but for what is asked for
+    (results / "other.json").write_text(json.dumps(first))
+    scoring.main([*some, "--reference-from", str(results / "other.json"), "--out", "other"])
+    assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
 
 
 def test_fits_side_by_side_are_those_of_the_paper() -> None:

@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = options.result_file(arguments, f"scoring_{arguments.model}_{arguments.images}", settings)
         job = jobs.job_for(arguments, arguments.seed)
         regions = jobs.regions_named(job, arguments.regions)
+        if arguments.reference_from:
+            _take_over(arguments, regions, kept)
         kept.put("memory before, bytes", peak_memory(arguments.device))
         seconds = _in_turns(job, regions, kept, arguments)
         for name, variant in (_variants(arguments.images) if arguments.ablation else {}).items():
@@ -175,8 +177,6 @@ def _reference(
 ) -> dict[str, float]:
     """Losses of the paper's procedure; empty where none were asked for."""
     count = arguments.reference_iterations
-    if arguments.reference_from:
-        _take_over(arguments.reference_from, count, regions, kept)
     if not count:
         return {}
     settings = dataclasses.replace(RECIPES["practise"].adaptor, iterations=count)
@@ -188,22 +188,30 @@ def _reference(
     return {r.label: kept.entries[f"reference/{count}/{r.label}"]["loss"] for r in regions}
 
 
-def _take_over(files: Sequence[str], count: int, regions: Sequence[Region], kept: ResultFile) -> None:
-    """Copy reference losses from earlier results, each of which may hold some of the regions."""
-    prefix = f"reference/{count}/"
+def _take_over(arguments: argparse.Namespace, regions: Sequence[Region], kept: ResultFile) -> None:
+    """Copy reference losses from earlier results, each of which may hold some of the regions.
+
+    All are read before anything is written: the file that is written may be one of them.
+
+    Raises:
+        OptionError: A result was made with other settings, or a region is in none.
+    """
+    prefix = f"reference/{arguments.reference_iterations}/"
     taken: dict[str, Any] = {}
-    for file in files:
+    for file in arguments.reference_from:
         found = read_result(file)
         if found["settings"] | ANYWHERE != kept.settings | ANYWHERE:
             raise OptionError(
                 f"the reference in {file} was made with {found['settings']}, this run with {kept.settings}; only "
                 "the device may differ"
             )
+        taken[f"reference taken from/{Path(file).name}"] = found["environment"]
         taken |= {key: entry for key, entry in found["entries"].items() if key.startswith(prefix)}
-        kept.put(f"reference taken from/{Path(file).name}", found["environment"])
-    absent = [r.label for r in regions if prefix + r.label not in taken]
-    if absent:
-        raise OptionError(f"{', '.join(files)} hold no {count} iterations of {', '.join(absent)}")
+    if absent := [region.label for region in regions if prefix + region.label not in taken]:
+        raise OptionError(
+            f"{', '.join(arguments.reference_from)} hold no {arguments.reference_iterations} iterations of "
+            f"{', '.join(absent)}"
+        )
     for key, entry in taken.items():
         kept.put(key, entry)
 
