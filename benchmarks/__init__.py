@@ -1,1 +1,1 @@
-"""What fxprune claims, measured: one script per claim, run as `python -m benchmarks.NAME`."""
+"""What fxprune claims, measured: one script for each claim, run as `python -m benchmarks.claims.NAME`."""

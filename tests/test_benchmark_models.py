@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from benchmarks import data, environment, runs
+from benchmarks.claims import accuracy
+from benchmarks.common import data, options, result_file
+from benchmarks.common.result_file import ResultFile
 from benchmarks.models.blocks import surviving
 from benchmarks.models.cifar_resnet import CifarResNet, resnet, resnet20, resnet56
 from benchmarks.models.mobilenet_v2 import MobileNetV2
@@ -194,23 +196,24 @@ def test_accuracy_counts() -> None:
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_file, "RESULTS", tmp_path)
     return tmp_path
 
 
 def test_result_file_is_whole_or_absent(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = environment.write_result("x", {"figure": 1.5}, seed=7)
-    written: dict[str, Any] = json.loads(file.read_text())
-    assert (written["figure"], written["seed"]) == (1.5, 7)
+    kept = ResultFile("x", {}, seed=7)
+    kept.put("figure", 1.5)
+    written: dict[str, Any] = json.loads(kept.file.read_text())
+    assert (written["entries"]["figure"], written["seed"]) == (1.5, 7)
     assert written["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     with pytest.raises(TypeError):
-        environment.write_result("x", {"figure": object()}, seed=7)
+        kept.put("figure", object())
 
     monkeypatch.setattr(artifact.os, "replace", full)
     with pytest.raises(ArtifactError, match="disk is full"):
-        environment.write_result("x", {"figure": 2.5}, seed=7)
-    assert [path.name for path in file.parent.iterdir()] == ["x.json"]
-    assert json.loads(file.read_text())["figure"] == 1.5
+        kept.put("figure", 2.5)
+    assert [path.name for path in kept.file.parent.iterdir()] == ["x.json"]
+    assert json.loads(kept.file.read_text())["entries"] == kept.entries == {"figure": 1.5}
 
 
 def full(source: Path, target: Path) -> None:
@@ -234,20 +237,20 @@ def finished(seed: int, chosen: list[str]) -> dict[str, Any]:
 
 
 def test_finished_runs_are_taken_up_under_the_same_settings_only(results: Path) -> None:
-    ledger = runs.Ledger("x", {"k": 3}, seed=0)
-    ledger.add(finished(1, ["a", "b"]))
-    ledger.add(finished(0, ["c"]))
-    again = runs.Ledger("x", {"k": 3}, seed=0)
-    assert [run["seed"] for run in again.runs] == [0, 1]
-    assert again.find(50, 1) == finished(1, ["a", "b"])
-    assert again.find(500, 1) is None
-    assert again.timed(["b", "a"]) == finished(1, [])["latency"]
-    assert again.timed(["d"]) is None
-    assert runs.Ledger("x", {"k": 4}, seed=0).runs == []
+    kept = ResultFile("x", {"k": 3})
+    kept.put("50/1", finished(1, ["a", "b"]))
+    kept.put("50/0", finished(0, ["c"]))
+    again = ResultFile("x", {"k": 3})
+    assert [run["seed"] for run in again.entries.values()] == [1, 0]
+    assert again.once("50/1", lambda: None) == finished(1, ["a", "b"])
+    assert "500/1" not in again.entries
+    assert accuracy.timed_before(again.entries, ["b", "a"]) == finished(1, [])["latency"]
+    assert accuracy.timed_before(again.entries, ["d"]) is None
+    assert ResultFile("x", {"k": 4}).entries == {}
 
 
 def test_table_shows_mean_spread_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    runs.print_table([finished(0, ["a", "b"]), finished(2, ["a", "b"]), finished(4, ["c"])])
+    accuracy.print_runs([finished(0, ["a", "b"]), finished(2, ["a", "b"]), finished(4, ["c"])])
     shown = capsys.readouterr().out
     assert "82.00 ± 2.00%" in shown
     assert "a, b (2); c (1)" in shown
@@ -259,20 +262,18 @@ def test_native_twin_takes_all_weights_and_refuses_leftovers() -> None:
     full = randomise(resnet20())
     images = torch.randn(4, 3, 32, 32)
     test = data.LabelledImages(images, torch.zeros(4, dtype=torch.long))
-    case = runs.Case(full, lambda without: resnet20(without=without), test, images)
+    case = accuracy.Case(full, lambda without: resnet20(without=without), test, images)
     pruned = randomise(resnet20(without=["layer1.1"]))
     small = symbolic_trace(pruned.to(memory_format=torch.channels_last))
-    native = runs.native_twin(case, small, ["layer1.1"])
-    assert runs.max_abs_diff(small, native, images) == 0.0
+    native = accuracy.native_twin(case, small, ["layer1.1"])
+    assert accuracy.max_abs_diff(small, native, images) == 0.0
     with pytest.raises(PostconditionError, match=r"(?s)layer1\.2.*layer1\.1"):
-        runs.native_twin(case, small, ["layer1.2"])
+        accuracy.native_twin(case, small, ["layer1.2"])
 
 
 def test_iterations_of_a_trial_replace_the_recipes() -> None:
-    parser = argparse.ArgumentParser()
-    runs.add_arguments(parser, k=3)
-    arguments = parser.parse_args(["--recipe", "practise", "--adaptor-iterations", "7"])
-    recipe = runs.recipe_from(arguments)
+    recipe = options.shortened("practise", adaptor=7, mimic=None)
     assert recipe.adaptor.iterations == 7
     assert recipe.mimic == RECIPES["practise"].mimic
-    assert runs.settings_of(arguments)["recipe_settings"]["adaptor"]["iterations"] == 7
+    settings = options.settings_of(argparse.Namespace(), basis=(), recipes=[recipe])
+    assert settings["recipes"]["practise"]["adaptor"]["iterations"] == 7

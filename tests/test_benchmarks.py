@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import (
-    choice,
+import fxprune
+from benchmarks.claims import (
+    accuracy,
+    coverage,
     end_to_end,
-    environment,
+    graph_scaling,
     recovery,
-    scale,
+    scorer_choice,
     scoring,
     selection,
     stability,
-    stories,
-    subjects,
+    user_models,
 )
+from benchmarks.common import data, environment, jobs, networks, options, result_file
+from benchmarks.common.result_file import ResultFile
+from benchmarks.judges.published_losses import losses_side_by_side
+from benchmarks.judges.zoo import Case
 from benchmarks.models.cifar_resnet import resnet
-from benchmarks.reference import losses_side_by_side
 from fxprune.discovery.discovery import discover
 from fxprune.errors import OptionError
 from fxprune.measurements import Interval, Latency, LatencyComparison
@@ -35,19 +40,22 @@ from fxprune.pipeline import stages
 from fxprune.scoring.end_to_end import EndToEndScorer
 
 TINY = ["--model", "resnet20", "--random", "--images", "4"]
+SCRIPTS = [
+    accuracy, scoring, scorer_choice, selection, stability, recovery, end_to_end, graph_scaling, user_models
+]  # fmt: skip
 REGIONS = 4  # ResNet-14 has six blocks, two of which change the shape
 
 
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_file, "RESULTS", tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = subjects.Model(partial(resnet, 14), 16, "resnet20_cifar10")
-    monkeypatch.setattr(subjects, "MODELS", {**subjects.MODELS, "resnet20": tiny})
+    tiny = networks.Model(partial(resnet, 14), 16, "resnet20_cifar10")
+    monkeypatch.setattr(networks, "MODELS", {**networks.MODELS, "resnet20": tiny})
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +66,7 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(comparison(0.9 - 0.01 * i) for i in range(len(arguments[1])))
 
     monkeypatch.setattr(stages, "measure_savings", fake)
-    monkeypatch.setattr(subjects, "measure_savings", fake)
-    monkeypatch.setattr(stages.timing, "compare", fake)
+    monkeypatch.setattr("fxprune.timing.latency.compare", fake)
 
 
 def comparison(ratio: float) -> LatencyComparison:
@@ -72,7 +79,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize("script", [scoring, choice, selection, stability, recovery, end_to_end, scale])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_unknown_options(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         script.main(["--help"])
@@ -94,11 +101,11 @@ def test_end_to_end_refuses_unknown_words(
 
 
 def test_lists_of_numbers_and_words() -> None:
-    assert subjects.counts("100, 250,500") == (100, 250, 500)
-    assert subjects.words(" a, b,") == ("a", "b")
-    assert subjects.words("") == ()
+    assert options.counts("100, 250,500") == (100, 250, 500)
+    assert options.words(" a, b,") == ("a", "b")
+    assert options.words("") == ()
     with pytest.raises(ValueError, match="invalid literal"):
-        subjects.counts("1,x")
+        options.counts("1,x")
 
 
 # The second example has ties: mean ranks 1.5 1.5 3 4 against 1 2 3 4, so 4.5 / sqrt(4.5 * 5).
@@ -128,13 +135,13 @@ def test_scaling_counts_what_does_not_iterate_once() -> None:
 
 def test_exponent_of_known_laws() -> None:
     rows = [{"nodes": n, "cpu_s": {"square": 3e-6 * n**2, "line": 0.5 * n}} for n in (10, 100, 1000)]
-    assert scale.exponent(rows, "square") == pytest.approx(2.0)
-    assert scale.exponent(rows, "line") == pytest.approx(1.0)
+    assert graph_scaling.exponent(rows, "square") == pytest.approx(2.0)
+    assert graph_scaling.exponent(rows, "line") == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("nodes", "stage_blocks"), [(100, 0), (100, 7), (1003, 50)])
 def test_chain_is_a_network_with_every_block_droppable(nodes: int, stage_blocks: int) -> None:
-    gm = scale.chain(nodes, stage_blocks)
+    gm = graph_scaling.chain(nodes, stage_blocks)
     found = discover(gm)
     assert len(found.regions) == nodes // 5
     assert not found.rejections
@@ -145,11 +152,33 @@ def test_chain_is_a_network_with_every_block_droppable(nodes: int, stage_blocks:
     )
 
 
-def test_scale_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scale.main(["--nodes", "100,300", "--networks", "", "--repeats", "1"])
-    entries = read(results, "scale")["entries"]
+def test_accuracy_runs_and_holds_the_result_to_its_native_twin(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noise(name: str, images: int, seed: int, **settings: Any) -> networks.Subject:
+        return networks.subject_of(name, images, seed, random=True)
+
+    tested = data.LabelledImages(torch.randn(6, 3, 16, 16), torch.zeros(6, dtype=torch.long))
+    monkeypatch.setattr(networks, "test_images", lambda name, folder: tested)
+    monkeypatch.setattr(jobs, "subject_of", noise)
+    monkeypatch.setattr(fxprune, "measure", lambda *networks_, **settings: comparison(0.5))
+    few = ["--adaptor-iterations", "1", "--mimic-iterations", "1", "--quiet"]
+    accuracy.main(["--k", "1", "--images", "4", "--seeds", "2", *few])
+    entries = read(results, "accuracy_resnet20_k1_fast")["entries"]
+    assert set(entries) == {"4/0", "4/1"}
+    for run in entries.values():
+        assert len(run["chosen"]) == 1
+        assert run["native_max_abs_diff"] < 1e-5
+        assert run["latency"]["torch"]["native"]["ratio"] == 0.5
+    assert entries["4/0"]["recovery_losses"] != entries["4/1"]["recovery_losses"]
+    assert "compared with" in capsys.readouterr().out
+
+
+def test_graph_scaling_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph_scaling.main(["--nodes", "100,300", "--networks", "", "--repeats", "1"])
+    entries = read(results, "graph_scaling")["entries"]
     assert {"chain/100", "chain/300", "exponents"} == set(entries)
-    assert set(entries["exponents"]) == {*scale.STAGES, "total"}
+    assert set(entries["exponents"]) == {*graph_scaling.STAGES, "total"}
     assert "fitted exponents: discover" in capsys.readouterr().out
 
 
@@ -176,15 +205,19 @@ def test_scoring_runs_resumes_and_takes_a_reference_over(
     assert taken["reference taken from/other.json"] == first["environment"]
     scoring.main([*some, "--out", "other"])  # takes the marked entry up
     assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
+    first["settings"]["threads"] = 99  # so all starts anew, but for what is asked for
+    (results / "other.json").write_text(json.dumps(first))
+    scoring.main([*some, "--reference-from", str(results / "other.json"), "--out", "other"])
+    assert read(results, "other")["entries"]["reference/1/layer1.0"] == marked
 
 
 def test_fits_side_by_side_are_those_of_the_paper() -> None:
     recipe = RECIPES["practise"]
     steep = dataclasses.replace(recipe.adaptor, iterations=6, batch_size=8, learning_rate=2.0)
     recipe = dataclasses.replace(recipe, adaptor=steep)
-    subject = subjects.subject_of("resnet20", 16, 0, random=True)
-    job = subjects.job_of(subject, recipe=recipe, seed=3)
-    regions = job.found.regions
+    subject = networks.subject_of("resnet20", 16, 0, random=True)
+    job = jobs.job_of(subject, recipe=recipe, seed=3)
+    regions = job.discovery.regions
     together = losses_side_by_side(job, regions, steep)
     alone = {region.label: job.scorer.fit([region]) for region in regions}
     assert isinstance(job.scorer, EndToEndScorer)
@@ -251,7 +284,7 @@ def test_recipes_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixtu
 
 
 def test_recovery_names_regions_that_are_not_there(results: Path) -> None:
-    with pytest.raises(OptionError, match="no region nowhere"):
+    with pytest.raises(OptionError, match="no region is called nowhere"):
         recovery.main([*TINY, "--regions", "nowhere", "--iterations", "1"])
 
 
@@ -267,8 +300,8 @@ def scored(file: Path, reference: dict[str, float]) -> None:
 def test_choices_that_differ_are_recovered(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scored(results / "scored.json", {"layer1.0": 0.1, "layer1.1": 0.3, "layer2.1": 0.2})
     few = [*TINY, "--scoring", str(results / "scored.json"), "--seeds", "2", "--iterations", "1"]
-    choice.main(few)
-    entries = read(results, "choice_resnet20")["entries"]
+    scorer_choice.main(few)
+    entries = read(results, "scorer_choice_resnet20")["entries"]
     rows = {(row["k"], row["scorer"]): row for row in entries["summary"]}
     assert list(rows) == [(1, "both"), (2, "default"), (2, "practise"), (3, "both")]
     assert rows[2, "default"]["chosen"] == ["layer1.0", "layer1.1"]
@@ -277,14 +310,14 @@ def test_choices_that_differ_are_recovered(results: Path, capsys: pytest.Capture
     assert rows[2, "practise"]["loss_after"] == pytest.approx(sum(run["loss_after"] for run in runs) / 2)
     assert runs[0]["loss_after"] != runs[1]["loss_after"]  # another draw of images
     assert "practise" in capsys.readouterr().out
-    choice.main([*few, "--k", "1", "--out", "first"])
+    scorer_choice.main([*few, "--k", "1", "--out", "first"])
     assert set(read(results, "first")["entries"]) == {"summary"}  # equal sets need no recovery
 
 
 def test_choice_needs_a_comparison_of_the_same_network(results: Path) -> None:
     scored(results / "scored.json", {})
     with pytest.raises(OptionError, match="compares no scorers of resnet20"):
-        choice.main([*TINY, "--scoring", str(results / "scored.json")])
+        scorer_choice.main([*TINY, "--scoring", str(results / "scored.json")])
 
 
 def test_stability_counts_equal_choices(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,19 +340,19 @@ class Tracker(nn.Module):
         return [self.features(picture[None]) for picture in pictures if picture.sum() > 0]
 
 
-def test_a_story_compresses_a_part_of_a_network_that_no_tracer_takes(
+def test_user_models_compresses_a_part_of_a_network_that_no_tracer_takes(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    story = stories.Story(
+    user = user_models.UserModel(
         Tracker,
         lambda: [([*torch.rand(2, 3, 16, 16)], {}) for _ in range(2)],
         "features",
         {"latency_batch": 1},
         lambda model, batch: model(batch[0]),
     )
-    monkeypatch.setattr(stories, "STORIES", {"tracker": story})
-    stories.main(["--only", "tracker", "--k", "1"])
-    row = read(results, "stories")["entries"]["tracker"]
+    monkeypatch.setattr(user_models, "USERS", {"tracker": user})
+    user_models.main(["--only", "tracker", "--k", "1"])
+    row = read(results, "user_models")["entries"]["tracker"]
     assert row["part"] == "features"
     assert (row["regions"], len(row["chosen"])) == (REGIONS, 1)
     assert row["parameters"][1] < row["parameters"][0]
@@ -370,14 +403,88 @@ def test_scaled_leaves_the_other_stages_alone() -> None:
     assert row["seconds"] == 10.0 + 50.0 + 100.0
 
 
-def test_notebook_starts_anew_under_other_settings(results: Path) -> None:
-    book = subjects.Notebook("book", {"k": (1, 2)}, 0)
+def test_a_result_starts_anew_under_other_settings(results: Path) -> None:
+    book = ResultFile("book", {"k": (1, 2)})
     assert book.once("a", lambda: 1) == 1
-    assert subjects.Notebook("book", {"k": (1, 2)}, 0).once("a", lambda: 2) == 1
-    assert subjects.Notebook("book", {"k": (1, 3)}, 0).once("a", lambda: 2) == 2
+    assert ResultFile("book", {"k": (1, 2)}).once("a", lambda: 2) == 1
+    assert ResultFile("book", {"k": (1, 3)}).once("a", lambda: 2) == 2
+
+
+@pytest.mark.parametrize("part", ["versions", "machine"])
+def test_a_result_starts_anew_under_other_versions_and_on_another_machine(
+    results: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    ResultFile("book", {}).put("a", 1)
+    changed = environment.describe() | {part: "another"}
+    monkeypatch.setattr(environment, "describe", lambda: changed)
+    assert ResultFile("book", {}).entries == {}
+
+
+def test_every_entry_has_its_own_origin(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = environment.describe()
+    for commit, key in (("1111111", "a"), ("2222222", "b")):
+        now = here | {"commit": commit}
+        monkeypatch.setattr(environment, "describe", lambda now=now: now)
+        ResultFile("book", {}, seed=3, command="python -m x").put(key, 0)
+    kept = read(results, "book")
+    assert {key: origin["commit"] for key, origin in kept["origins"].items()} == {
+        "a": "1111111",
+        "b": "2222222",
+    }
+    assert (kept["seed"], kept["command"]) == (3, "python -m x")
+
+
+def test_a_commands_note_leaves_out_where_the_data_are() -> None:
+    parser = options.parser("recovery", "About.", k=3, data=None)
+    for given in (["--data", "elsewhere", "--k", "4"], ["--k", "4", "--data=elsewhere"]):
+        assert options.parse(parser, given).command == "python -m benchmarks.claims.recovery --k 4"
+
+
+def test_a_commit_is_marked_for_what_differs_beside_results(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    result, source = tmp_path / "benchmarks" / "results" / "x.json", tmp_path / "source.py"
+    assert environment.commit(tmp_path) is None
+    result.parent.mkdir(parents=True)
+    result.write_text("1")
+    source.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "All")
+    clean = environment.commit(tmp_path)
+    assert clean is not None and not clean.endswith("+")
+    result.write_text("2")
+    assert environment.commit(tmp_path) == clean
+    source.write_text("2")
+    assert environment.commit(tmp_path) == f"{clean}+"
+
+
+def test_the_version_is_noted_whether_or_not_it_is_installed() -> None:
+    assert environment.versions()["fxprune"] == fxprune.__version__
+
+
+def test_coverage_keeps_rows_and_takes_up_those_that_did_not_fail(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def row_of(case: Case, limit: float) -> coverage.Row:
+        asked.append(case.name)
+        return coverage.Row(case.name, status=coverage.WORKS if case.name == "a" else coverage.FAILED)
+
+    networks_ = [Case(name, lambda: (nn.Identity(), torch.zeros(1))) for name in ("a", "b")]
+    monkeypatch.setattr(coverage, "cases", lambda suite: networks_)
+    monkeypatch.setattr(coverage, "_row_of", row_of)
+    assert coverage.main(["--resume"]) == 1
+    assert coverage.main(["--resume"]) == 1
+    assert asked == ["a", "b", "b"]
+    assert read(results, "coverage")["entries"]["totals"] == {coverage.WORKS: 1, coverage.FAILED: 1}
+    assert (results / "coverage.md").read_text().startswith("2 networks: ")
 
 
 def test_kept_result_must_be_one(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(OptionError, match="no result of these benchmarks"):
-        subjects.kept_result(tmp_path / "list.json")
+        result_file.read_result(tmp_path / "list.json")

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import shlex
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 
 import fxprune
+from benchmarks import claims
+from benchmarks.common import options
 from fxprune.shell import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "writing_a_pass.md"]
 NAMES = [path.name for path in DOCS]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]
 
 
 def blocks(path: Path, fence: str) -> list[str]:
@@ -47,7 +54,7 @@ def test_blocks_that_need_data_use_names_that_exist(path: Path) -> None:
                 assert node.attr in fxprune.__all__
 
 
-@pytest.mark.parametrize("path", DOCS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
@@ -59,6 +66,39 @@ def test_commands_of_the_readme_are_understood() -> None:
     assert {command[0] for command in commands} == {"demo", "inspect", "compress", "sweep", "measure"}
     for command in commands:
         assert cli._parser().parse_args(command).command == command[0]
+
+
+class UnderstoodError(Exception):
+    """Raised in place of the work that a command line asks for."""
+
+
+def test_benchmark_commands_of_the_readme_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+        parser.parse_args(argv)
+        raise UnderstoodError
+
+    monkeypatch.setattr(options, "parse", parse)
+    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[2:] for line in lines if "-m benchmarks.claims." in line]
+    assert len(commands) > 5
+    for module, *arguments in commands:
+        with pytest.raises(UnderstoodError):
+            import_module(module).main(arguments)
+
+
+def test_every_claim_is_listed_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for _, name, _ in iter_modules(claims.__path__):
+        assert f"python -m benchmarks.claims.{name}" in text
+
+
+def test_decisions_are_listed_and_answer_the_four_questions() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text())
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))
+    for name in listed:
+        headings = re.findall(r"^\*\*(.+?)\.\*\*", (folder / name).read_text(), re.MULTILINE)
+        assert headings == ["Question", "What was tried", "Result", "Decision"], name
 
 
 def test_modules_that_the_architecture_names_exist() -> None:

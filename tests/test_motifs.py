@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import fxprune
-from benchmarks.bypass import NoBypass, call, find_bypass, run_bypassed
+from benchmarks.judges.hooked_reference import NoBypass, call, find_bypass, run_bypassed
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.passes import DropRegions
 from tests.motifs import MOTIFS, Cut, Motif, Refusal

@@ -50,7 +50,7 @@ from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
 
-__all__ = ["make_scorer", "open_job"]
+__all__ = ["make_job", "make_scorer", "open_job"]
 
 _HELD_BACK = 0.2
 _LISTED = 20
@@ -74,10 +74,11 @@ def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
     with using_threads(options.threads), torch.inference_mode(False), memory_explained():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
         with _locked(folder):
-            yield _open(model, loader, options, folder)
+            yield make_job(model, loader, options, folder)
 
 
-def _open(model: Any, loader: Any, options: Options, folder: Path | None) -> Job:
+def make_job(model: Any, loader: Any, options: Options, folder: Path | None = None) -> Job:
+    """The job itself, without what surrounds it while it is open; its options have their defaults filled in."""
     stage = StageTimes()
     show_progress = is_main() and (os.isatty(2) if options.progress is None else options.progress)
     with stage("trace"):

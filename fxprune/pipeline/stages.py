@@ -23,30 +23,34 @@ from fxprune.selection.planner import Planner, require_enough
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.savings import SCORING, measure_savings
 
-__all__ = ["choose", "repair", "score", "survey", "worst_fold_error"]
+__all__ = ["choose", "repair", "savings", "score", "survey", "worst_fold_error"]
 
 
 def score(job: Job) -> tuple[BlockScore, ...]:
     """Measures what every region saves, checks that a goal is within reach, then fits what every region costs."""
     regions = job.discovery.regions
     with job.stage("latency"):
-        savings = measure_savings(
-            job.original.graph, regions, lambda sets: latencies_without(job, sets, SCORING)
-        )
-        _check_goal(job, savings)
+        saved = savings(job)
+        _check_goal(job, saved)
     with job.stage("scoring"):
         fits = fit_all(job.scorer, [[region] for region in regions])
     job.fits = {region.label: fit for region, fit in zip(regions, fits, strict=True)}
     return tuple(
         BlockScore(region, fit.loss, fit.loss_before, saving)
-        for region, fit, saving in zip(regions, fits, savings, strict=True)
+        for region, fit, saving in zip(regions, fits, saved, strict=True)
     )
 
 
-def _check_goal(job: Job, savings: Sequence[LatencyComparison]) -> None:
+def savings(job: Job) -> tuple[LatencyComparison, ...]:
+    """What every region saves."""
+    regions = job.discovery.regions
+    return measure_savings(job.original.graph, regions, lambda sets: latencies_without(job, sets, SCORING))
+
+
+def _check_goal(job: Job, saved: Sequence[LatencyComparison]) -> None:
     """Refuses a goal that even the smallest possible network misses, before the long work starts."""
     if job.options.k is not None:
-        require_enough(job.options.k, list(zip(job.discovery.regions, savings, strict=True)))
+        require_enough(job.options.k, list(zip(job.discovery.regions, saved, strict=True)))
     elif job.options.has_target:
         check_reach(job)
 

@@ -43,7 +43,7 @@ class CachedScorer:
         original: The network.
         settings: Of the gradient fit; augmentation does not apply to cached activations.
         cache_bytes: Budget of the cached activations; fits side by side may take a quarter of it more.
-        start_images: Images for the least squares, at most.
+        start_images: Images for the least squares, at most; 0 leaves that out.
         loss_images: Images that the losses are taken over, at most.
         at_waist: Share of a fit's steps that compare at the waist.
 
@@ -165,7 +165,7 @@ class CachedScorer:
     ) -> None:
         if start:
             work.candidate.begin_at(start)
-        else:
+        elif self._start_images:
             self._solve(work, cache)
         self._descend(work, cache, replace(self._settings, iterations=int(share * self._settings.iterations)))
 

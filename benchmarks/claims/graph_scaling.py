@@ -1,6 +1,6 @@
 """Whether discovery and rewriting stay close to linear in the size of the graph.
 
-    python -m benchmarks.scale [--nodes 1000,10000,100000] [--networks resnet152,resnet1202,vit_h_14] [--profile]
+    python -m benchmarks.claims.graph_scaling [--nodes 1000,10000,100000] [--networks resnet152,vit_h_14] [--profile]
 
 Synthetic residual chains are built as graphs with their shapes set by hand; real networks hold memory that is
 never written. Each row is one graph: discovery over the whole of it, then one region is dropped, with adaptors
@@ -30,7 +30,8 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 import fxprune
-from benchmarks import subjects
+from benchmarks.common import options
+from benchmarks.common.tables import print_rows
 from benchmarks.models.cifar_resnet import resnet
 from fxprune.discovery.discovery import discover
 from fxprune.errors import NoRegionError
@@ -39,7 +40,6 @@ from fxprune.graph.shapes import propagate_shapes
 from fxprune.passes import DropRegions, FoldAdaptors, InsertAdaptors
 from fxprune.placement.placement import find_sites
 from fxprune.processes.threads import using_threads
-from fxprune.reports.tables import render
 
 __all__ = ["NETWORKS", "chain", "exponent", "main", "measure", "network"]
 
@@ -57,20 +57,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     settings = {name: getattr(arguments, name) for name in ("stage_blocks", "repeats", "threads")}
-    notebook = subjects.Notebook(arguments.out or "scale", settings, arguments.seed, fresh=True)
+    kept = options.result_file(arguments, "graph_scaling", settings, fresh=True)
     with using_threads(arguments.threads):
         for count in arguments.nodes:
             row = measure(partial(chain, count, arguments.stage_blocks), arguments)
-            notebook.put(f"chain/{count}", row)
+            kept.put(f"chain/{count}", row)
             _print_row(f"chain of {row['nodes']} nodes", row)
         for name in arguments.networks:
             row = measure(partial(network, name), arguments)
-            notebook.put(f"network/{name}", row)
+            kept.put(f"network/{name}", row)
             _print_row(name, row)
-    chains = [row for key, row in notebook.entries.items() if key.startswith("chain/")]
+    chains = [row for key, row in kept.entries.items() if key.startswith("chain/")]
     fitted = {stage: exponent(chains, stage) for stage in (*STAGES, "total")} if len(chains) > 1 else {}
-    notebook.put("exponents", fitted)
-    _print_table(notebook.entries)
+    kept.put("exponents", fitted)
+    _print_table(kept.entries)
     print("fitted exponents: " + ", ".join(f"{stage} {value:.2f}" for stage, value in fitted.items()))
 
 
@@ -198,44 +198,28 @@ def _print_row(title: str, row: Mapping[str, Any]) -> None:
 
 
 def _print_table(entries: Mapping[str, Any]) -> None:
-    headers = ("graph", "nodes", "regions", "sites", *(f"{s}, s" for s in STAGES), "total, s", "wall, s")
     rows = [
-        (
-            key,
-            row["nodes"],
-            row["regions"],
-            row["sites"],
-            *(row["cpu_s"][s] for s in (*STAGES, "total")),
-            row["wall_s"]["total"],
-        )
+        {"graph": key, **row, **row["cpu_s"], "wall": row["wall_s"]["total"]}
         for key, row in entries.items()
         if key != "exponents"
     ]
-    print(render(headers, rows))
+    names = {name: name for name in ("graph", "nodes", "regions", "sites")}
+    print_rows(rows, {**names, **{f"{stage}, s": stage for stage in (*STAGES, "total")}, "wall, s": "wall"})
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--nodes", type=subjects.counts, default=NODES, help="sizes of the chains, such as 1000,2000"
-    )
-    parser.add_argument(
-        "--networks", type=subjects.words, default=tuple(NETWORKS), help=f"of {','.join(NETWORKS)}, or empty"
-    )
-    parser.add_argument(
+    parser = options.parser("graph_scaling", __doc__, threads=1, seed=0, out=None, repeats=3)
+    add, known = parser.add_argument, ",".join(NETWORKS)
+    add("--nodes", type=options.counts, default=NODES, help="sizes of the chains, such as 1000,2000")
+    add("--networks", type=options.words, default=tuple(NETWORKS), help=f"of {known}, or empty")
+    add(
         "--stage-blocks",
         type=int,
         default=50,
-        help="blocks in a stage of a chain, 0 for one stage (default: 50)",
+        help="in a stage of a chain, 0 for one stage (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--profile", action="store_true", help="print where the time of each graph goes")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--out", help="name of the result file")
-    return parser.parse_args(argv)
+    add("--profile", action="store_true", help="print where the time of each graph goes")
+    return options.parse(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Whole model zoos through the compiler: what works, to how many digits, and why the rest does not.
 
-    python -m benchmarks.coverage [--suite torchvision|timm|all] [--only PATTERN] [--limit-seconds S]
-                                  [--out NAME] [--resume]
+    python -m benchmarks.claims.coverage [--suite torchvision|timm|all] [--only PATTERN] [--limit-seconds S]
+                                         [--out NAME] [--resume]
 
 Every network has random weights, seeded, and the smallest input that works. Constants such as a layer scale
 of 1e-6 or a norm's zero gain are stirred, so that nothing is small by initialisation. There are three figures,
 each the largest absolute difference divided by the largest absolute output (or 1 if that is larger):
 
 - `fold`: adaptors of random values inserted, against the same folded, in float64;
-- `cut`: one region dropped, against the original module with hooks (`benchmarks.bypass`), in float64;
+- `cut`: one region dropped, against the original module with hooks (`benchmarks.judges.hooked_reference`), in float64;
 - `onnx`: the network without two regions in onnxruntime, against torch, in float32 (where the weights exceed what
   an ONNX file can hold, in half precision).
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import logging
 import signal
 import tempfile
@@ -33,7 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +40,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
-from benchmarks.bypass import Inputs, NoBypass, call, find_bypass, run_bypassed
-from benchmarks.environment import RESULTS, write_result
-from benchmarks.zoo import Case, cases
+from benchmarks.common import options
+from benchmarks.common.result_file import ResultFile
+from benchmarks.judges.hooked_reference import Inputs, NoBypass, call, find_bypass, run_bypassed
+from benchmarks.judges.zoo import Case, cases
 from fxprune.errors import TraceError
 from fxprune.export import serving
-from fxprune.export.artifact import write_text_atomic
+from fxprune.files import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.graph.trace import FrontEnd
@@ -371,47 +370,41 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kept(name: str) -> list[Row]:
-    file = RESULTS / f"{name}.json"
-    if not file.is_file():
-        return []
-    return [Row(**row) for row in json.loads(file.read_text())["rows"]]
+def _rows(kept: ResultFile) -> list[Row]:
+    return [Row(**entry) for name, entry in kept.entries.items() if name != "totals"]
 
 
-def _write(name: str, rows: Sequence[Row]) -> None:
-    versions = {"timm": metadata.version("timm")} if any(r.name.startswith("timm:") for r in rows) else {}
-    totals = dict(Counter(row.status for row in rows))
-    write_result(name, {**versions, "totals": totals, "rows": [asdict(row) for row in rows]}, SEED)
-    write_text_atomic(RESULTS / f"{name}.md", table(rows))
+def _note(kept: ResultFile, row: Row) -> None:
+    kept.put(row.name, asdict(row))
+    rows = _rows(kept)
+    kept.put("totals", dict(Counter(row.status for row in rows)))
+    write_text_atomic(kept.file.with_suffix(".md"), table(rows))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coverage", description=__doc__.partition("\n")[0]
-    )
+    parser = options.parser("coverage", __doc__, out=None)
     parser.add_argument("--suite", choices=("torchvision", "timm", "all"), default="all")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="glob over names such as timm:vgg*")
     parser.add_argument("--limit-seconds", type=float, default=300.0, help="per network")
-    parser.add_argument(
-        "--out", default="coverage", metavar="NAME", help="benchmarks/results/NAME.json and .md"
-    )
     parser.add_argument("--resume", action="store_true", help="keep the rows of NAME.json that did not fail")
-    return parser.parse_args(argv)
+    parser.set_defaults(seed=SEED)
+    return options.parse(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the table; the exit status is 1 if a network failed."""
-    options = _arguments(argv)
-    rows = [r for r in _kept(options.out) if r.status != FAILED] if options.resume else []
-    done = {row.name for row in rows}
+    arguments = _arguments(argv)
+    settings = options.settings_of(arguments, "limit_seconds", basis=())
+    kept = options.result_file(arguments, "coverage", settings, fresh=not arguments.resume)
+    done = {row.name for row in _rows(kept) if row.status != FAILED}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    for case in cases(options.suite):
-        if case.name in done or not fnmatchcase(case.name, options.only):
+    for case in cases(arguments.suite):
+        if case.name in done or not fnmatchcase(case.name, arguments.only):
             continue
-        row = _row_of(case, options.limit_seconds)
-        rows.append(row)
-        _write(options.out, rows)
+        row = _row_of(case, arguments.limit_seconds)
+        _note(kept, row)
         print(f"{row.name:45} {row.status:20} {row.seconds:6.1f} s  {row.detail[:160]}", flush=True)
+    rows = _rows(kept)
     print(table(rows).partition("\n")[0])
     return int(any(row.status == FAILED for row in rows))
 

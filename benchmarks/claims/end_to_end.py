@@ -1,7 +1,7 @@
 """Wall time and peak memory of the whole of `compress`, stage by stage, and how they grow.
 
-    python -m benchmarks.end_to_end --model resnet56 --k 8 [--timed-iterations 20]
-                                    [--growth images,blocks,resolution] [--growth-only]
+    python -m benchmarks.claims.end_to_end --model resnet56 --k 8 [--timed-iterations 20]
+                                           [--growth images,blocks,resolution] [--growth-only]
 
 `recipe="practise"` runs in full with `--timed-iterations 0`. Else it runs twice, with no iterations and with n, and the
 stages that iterate are scaled: `t(0) + N (t(n) - t(0)) / n`; the rest is taken from the first run. Such rows say so.
@@ -20,10 +20,12 @@ from functools import partial
 from typing import Any
 
 import fxprune
-from benchmarks import subjects
+from benchmarks.common import networks, options
+from benchmarks.common.result_file import ResultFile
+from benchmarks.common.tables import print_rows
 from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
-from fxprune.reports.tables import render
+from fxprune.processes.threads import using_threads
 from fxprune.timing.environment import peak_memory
 
 __all__ = ["Case", "main", "run", "scaled"]
@@ -41,7 +43,7 @@ class Case:
     """One whole compression.
 
     Attributes:
-        model: See `benchmarks.subjects.MODELS`.
+        model: See `benchmarks.common.networks.MODELS`.
         k: Regions to drop.
         images: To compress with.
         recipe: Name of the recipe.
@@ -69,7 +71,7 @@ class Case:
     @property
     def title(self) -> str:
         """What tells this case from the others of a result."""
-        size = subjects.MODELS[self.model].size if self.size is None else self.size
+        size = networks.MODELS[self.model].size if self.size is None else self.size
         weights = ", random" if self.random else ""
         return f"{self.model} k={self.k}, {self.images} images of {size} px{weights}, {self.recipe}"
 
@@ -77,19 +79,16 @@ class Case:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
-    settings = {
-        **subjects.settings_of(arguments, "k", "threads", "timed_iterations"),
-        **subjects.recipes_of(*RECIPES),
-    }
-    name = arguments.out or f"end_to_end_{arguments.model}_k{arguments.k}"
-    notebook = subjects.Notebook(name, settings, arguments.seed)
+    with using_threads(arguments.threads):
+        settings = options.settings_of(arguments, "k", "timed_iterations", recipes=RECIPES.values())
+    kept = options.result_file(arguments, f"end_to_end_{arguments.model}_k{arguments.k}", settings)
     rows = {}
     for case in _cases(arguments):
         few = arguments.timed_iterations if case.recipe == "practise" else 0
-        rows[case.title] = _measured(case, few, notebook, arguments)
+        rows[case.title] = _measured(case, few, kept, arguments)
         print(f"{case.title}: {rows[case.title]['seconds']:.1f} s{_how(rows[case.title])}", flush=True)
         _print(rows)
-    notebook.put("table", rows)
+    kept.put("table", rows)
 
 
 def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -117,13 +116,11 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
             yield dataclasses.replace(base, model=arguments.resolution_model, k=2, size=size)
 
 
-def _measured(
-    case: Case, few: int, notebook: subjects.Notebook, arguments: argparse.Namespace
-) -> dict[str, Any]:
+def _measured(case: Case, few: int, kept: ResultFile, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a case, or take it up; scaled from `few` iterations unless that is 0."""
     cases = [dataclasses.replace(case, iterations=n) for n in (0, few)] if few else [case]
     runs = [
-        notebook.once(
+        kept.once(
             f"{one.title}, {'all' if one.iterations is None else one.iterations} iterations",
             partial(run if arguments.in_process else _apart, one),
         )
@@ -145,7 +142,7 @@ def run(case: Case) -> dict[str, Any]:
     Returns:
         Seconds in all and by stage, peak memory in bytes, and what was chosen.
     """
-    subject = subjects.subject_of(
+    subject = networks.subject_of(
         case.model, case.images, case.seed, random=case.random, data_path=case.data, size=case.size
     )
     before = peak_memory("cpu")
@@ -154,7 +151,7 @@ def run(case: Case) -> dict[str, Any]:
         subject.model.to(case.device),
         subject.images,
         k=case.k,
-        recipe=subjects.shortened(case.recipe, case.iterations),
+        recipe=options.shortened(case.recipe, case.iterations, case.iterations),
         images=case.images,
         device=case.device,
         threads=case.threads,
@@ -202,53 +199,29 @@ def _how(row: Mapping[str, Any]) -> str:
 
 
 def _print(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    headers = ("case", "regions", *(f"{stage}, s" for stage in STAGES), "all, s", "peak MiB")
-    cells = [
-        (
-            title + _how(row),
-            row["regions"],
-            *(row["durations"].get(stage) for stage in STAGES),
-            row["seconds"],
-            None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20,
-        )
-        for title, row in rows.items()
-    ]
-    print(render(headers, cells), flush=True)
+    shown = [{"case": title + _how(row), **row, **row["durations"]} for title, row in rows.items()]
+    stages = {f"{stage}, s": stage for stage in STAGES}
+    memory = {"peak MiB": ("peak_bytes", 2.0**-20)}
+    print_rows(shown, {"case": "case", "regions": "regions", **stages, "all, s": "seconds", **memory})
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").split("\n")[0]
-    )
-    subjects.add_arguments(parser, model="resnet56")
-    parser.add_argument("--k", type=int, default=8, help="default: %(default)s")
-    parser.add_argument(
-        "--recipes", type=subjects.words, default=("fast", "practise"), help="default: fast,practise"
-    )
-    parser.add_argument(
-        "--timed-iterations",
-        type=int,
-        default=20,
-        help="of practise, 0 to run it in full (default: %(default)s)",
-    )
-    parser.add_argument("--growth", type=subjects.words, default=(), help=f"of {','.join(GROWTH)}")
-    parser.add_argument("--growth-only", action="store_true", help="leave out the case of --model itself")
-    parser.add_argument(
-        "--image-counts", type=subjects.counts, default=IMAGE_COUNTS, help="default: 100,250,500"
-    )
-    parser.add_argument(
-        "--block-models", type=subjects.words, default=BLOCK_MODELS, help="for --growth blocks"
-    )
-    parser.add_argument("--sizes", type=subjects.counts, default=SIZES, help="default: 96,160,224")
-    parser.add_argument("--resolution-model", default="mobilenet_v2", choices=sorted(subjects.MODELS))
-    parser.add_argument(
-        "--in-process", action="store_true", help="no process of its own for each case: peaks run together"
-    )
-    arguments = parser.parse_args(argv)
+    defaults = {**options.NETWORK, "model": "resnet56", "k": 8, "recipes": ("fast", "practise")}
+    parser = options.parser("end_to_end", __doc__, **defaults)
+    add, alone = parser.add_argument, "leave out the case of --model itself"
+    add("--timed-iterations", type=int, default=20, help="of practise, 0 for all (default: %(default)s)")
+    add("--growth", type=options.words, default=(), help=f"of {','.join(GROWTH)}")
+    add("--growth-only", action="store_true", help=alone)
+    add("--image-counts", type=options.counts, default=IMAGE_COUNTS, help="default: 100,250,500")
+    add("--block-models", type=options.words, default=BLOCK_MODELS, help="for --growth blocks")
+    add("--sizes", type=options.counts, default=SIZES, help="default: 96,160,224")
+    add("--resolution-model", default="mobilenet_v2", choices=sorted(networks.MODELS))
+    add("--in-process", action="store_true", help="no process for each case: peaks run together")
+    arguments = options.parse(parser, argv)
     for option, given, known in (
         ("--growth", arguments.growth, GROWTH),
         ("--recipes", arguments.recipes, tuple(RECIPES)),
-        ("--block-models", arguments.block_models, tuple(subjects.MODELS)),
+        ("--block-models", arguments.block_models, tuple(networks.MODELS)),
     ):
         unknown = [word for word in given if word not in known]
         if unknown:

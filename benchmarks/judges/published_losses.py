@@ -27,9 +27,9 @@ class _Fit:
     """The adaptors of one candidate, and their optimiser."""
 
     def __init__(self, job: Job, region: Region, index: OperatorIndex, settings: FitSettings) -> None:
-        candidate = Candidate(job.original, [region], job.tap)
+        candidate = Candidate(job.original.graph, [region], job.original.tap)
         self.student = FeatureReader(candidate.graph, candidate.tap)
-        changed = ChangedPart(job.original, candidate, index)
+        changed = ChangedPart(job.original.graph, candidate, index)
         self.part, self.frontier = changed.part, changed.frontier
         self._settings = settings
         parameters = [weight.requires_grad_() for weight in adaptor_weights(self.part)]
@@ -66,20 +66,20 @@ def losses_side_by_side(job: Job, regions: Sequence[Region], settings: FitSettin
         Recovery loss by label, over all calibration images.
     """
     assert settings.optimizer == "sgd" and settings.batch_norm == "eval"
-    device, seed = job.options.device, job.options.seed
-    index = OperatorIndex(job.original)
+    one = job.original
+    index = OperatorIndex(one.graph)
     fits = {region.label: _Fit(job, region, index, settings) for region in regions}
-    names = list(dict.fromkeys(name for fit in fits.values() for name in (*fit.frontier, *job.tap)))
-    original = FeatureReader(job.original, names)
-    size = settings.images_per_step(job.calibration.pixels)
+    names = list(dict.fromkeys(name for fit in fits.values() for name in (*fit.frontier, *one.tap)))
+    original = FeatureReader(one.graph, names)
+    size = settings.images_per_step(one.images.pixels)
     augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
-    for iteration, batch in enumerate(job.calibration.stream(size, settings.iterations, seed, augment)):
+    for iteration, batch in enumerate(one.images.stream(size, settings.iterations, one.seed, augment)):
         with torch.no_grad():
-            values = dict(zip(names, original(batch.to(device)), strict=True))
+            values = dict(zip(names, original(batch.to(one.device)), strict=True))
         for fit in fits.values():
-            fit.step(iteration, [values[n] for n in fit.frontier], [values[n] for n in job.tap])
-    teacher = FeatureReader(job.original, job.tap)
+            fit.step(iteration, [values[n] for n in fit.frontier], [values[n] for n in one.tap])
+    teacher = FeatureReader(one.graph, one.tap)
     return {
-        label: mean_feature_loss(teacher, fit.student, job.calibration, device=device)
+        label: mean_feature_loss(teacher, fit.student, one.images, device=one.device)
         for label, fit in fits.items()
     }

@@ -1,11 +1,11 @@
 """The default scorer against the paper's: times, rank correlation, chosen sets, memory, and an ablation.
 
-    python -m benchmarks.scoring --model resnet20 [--reference-iterations 1000] [--timed-iterations 100]
-                                 [--regions LABELS] [--reference-from FILES] [--ablation]
+    python -m benchmarks.claims.scoring --model resnet20 [--reference-iterations 1000] [--timed-iterations 100]
+                                        [--regions LABELS] [--reference-from FILES] [--ablation]
 
 The reference is `EndToEndScorer` with the settings of `recipe="practise"`. Its losses come from all its iterations, a
-few regions side by side (see `benchmarks.reference`) and kept as they end, so that an interrupted run goes on, or from
-an earlier result, which may come from a faster machine. Its time is scaled: a region costs
+few regions side by side (`benchmarks.judges.published_losses`) and kept as they end, so that an interrupted run goes
+on, or from an earlier result, which may come from a faster machine. Its time is scaled: a region costs
 `t(0) + N (t(n) - t(0)) / n`, where `t(n)` is the time of a fit of n iterations, so that building the candidate and
 taking its two losses, which `t(0)` is, are counted once. The default scorer is timed in turns with these fits.
 """
@@ -21,17 +21,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from scipy.stats import spearmanr
 
-from benchmarks import subjects
-from benchmarks.reference import losses_side_by_side
+from benchmarks.common import jobs, options
+from benchmarks.common.networks import MODELS
+from benchmarks.common.result_file import ResultFile, read_result
+from benchmarks.common.tables import print_rows
+from benchmarks.judges.published_losses import losses_side_by_side
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
 from fxprune.options import RECIPES, FitSettings
 from fxprune.pipeline.job import Job
 from fxprune.processes.threads import using_threads
-from fxprune.reports.tables import render
 from fxprune.scoring.cached import CachedScorer
 from fxprune.scoring.end_to_end import EndToEndScorer
 from fxprune.scoring.scorer import fit_all
@@ -40,6 +42,7 @@ from fxprune.timing.environment import peak_memory
 __all__ = ["main", "scaled_seconds", "spearman"]
 
 FAST = RECIPES["fast"].adaptor
+ANYWHERE = {"device": None, "threads": None}
 SIDE_BY_SIDE = 5
 """Regions whose reference losses are fitted together, and lost together where a run is stopped."""
 
@@ -50,13 +53,6 @@ class _OneAtATime(CachedScorer):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.workers = 1
-
-
-class _IdentityStart(CachedScorer):
-    """The default scorer without its least squares: adaptors begin as the identity."""
-
-    def _solve(self, work: Any, cache: Any) -> None:
-        """Leaves the adaptors as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,50 +69,36 @@ class Variant:
     kind: type[CachedScorer] = CachedScorer
     settings: FitSettings = FAST
     shared: bool = True
-    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
-    subject = subjects.subject_of(
-        arguments.model,
-        arguments.images,
-        arguments.seed,
-        random=arguments.random,
-        data_path=arguments.data,
-    )
-    settings = subjects.settings_of(arguments) | {"trained": subject.trained}
-    notebook = subjects.Notebook(
-        arguments.out or f"scoring_{arguments.model}_{arguments.images}", settings, arguments.seed
-    )
+    trained = MODELS[arguments.model].weights is not None and not arguments.random
     with using_threads(arguments.threads):
-        job = subjects.job_of(subject, seed=arguments.seed, device=arguments.device)
-        regions = _named(job, arguments.regions)
-        notebook.put("memory before, bytes", peak_memory(arguments.device))
-        seconds = _in_turns(job, regions, notebook, arguments)
-        for name, variant in _variants(arguments).items():
+        settings = options.settings_of(arguments) | {"trained": trained}
+        kept = options.result_file(arguments, f"scoring_{arguments.model}_{arguments.images}", settings)
+        job = jobs.job_for(arguments, arguments.seed)
+        regions = jobs.regions_named(job, arguments.regions)
+        if arguments.reference_from:
+            _take_over(arguments, regions, kept)
+        kept.put("memory before, bytes", peak_memory(arguments.device))
+        seconds = _in_turns(job, regions, kept, arguments)
+        for name, variant in (_variants(arguments.images) if arguments.ablation else {}).items():
             runs = [_run(job, regions, variant) for _ in range(arguments.repeats)]
-            _note_runs(name, runs, notebook)
-        savings = notebook.once("savings", lambda: subjects.savings_of(job))
-        reference = _reference(job, regions, notebook, arguments)
-    rows = _compared(notebook, regions, reference, seconds, savings)
-    notebook.put("comparison", rows)
+            _note_runs(name, runs, kept)
+        savings = kept.once("savings", lambda: jobs.savings_of(job))
+        reference = _reference(job, regions, kept, arguments)
+    rows = kept.put("comparison", _compared(kept.entries, regions, reference, seconds, savings))
     _print(rows, seconds, arguments)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Rank correlation; ties get their mean rank. NaN where one side is constant or has fewer than two values."""
-    ranks = [_ranks(np.asarray(values)) for values in (first, second)]
-    if len(first) < 2 or any(np.ptp(r) == 0 for r in ranks):
+    if min(len(set(first)), len(set(second))) < 2:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: Any) -> Any:
-    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(ties)
-    return ((2 * last - ties - 1) / 2)[place]
+    return float(spearmanr(first, second).statistic)
 
 
 def scaled_seconds(fixed: float, timed: float, timed_iterations: int, iterations: int) -> float:
@@ -124,21 +106,12 @@ def scaled_seconds(fixed: float, timed: float, timed_iterations: int, iterations
     return fixed + max(0.0, timed - fixed) / timed_iterations * iterations
 
 
-def _named(job: Job, labels: Sequence[str]) -> list[Region]:
-    known = {region.label: region for region in job.found.regions}
-    unknown = [label for label in labels if label not in known]
-    if unknown:
-        raise OptionError(f"no region is called {', '.join(unknown)}; the regions are: {', '.join(known)}")
-    return [known[label] for label in labels] if labels else list(known.values())
-
-
-def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
+def _variants(images: int) -> dict[str, Variant]:
+    """The rows of the ablation."""
     rows: dict[str, Variant] = {}
-    if not arguments.ablation:
-        return rows
     change = dataclasses.replace
     rows["one fit at a time"] = Variant(kind=_OneAtATime)
-    rows["no least squares"] = Variant(kind=_IdentityStart)
+    rows["no least squares"] = Variant(extra={"start_images": 0})
     rows["no gradient steps"] = Variant(settings=change(FAST, iterations=0))
     rows["no steps at the waist"] = Variant(extra={"at_waist": 0.0})
     rows["no warm-up"] = Variant(settings=change(FAST, warmup=0))
@@ -149,7 +122,7 @@ def _variants(arguments: argparse.Namespace) -> dict[str, Variant]:
         rows[f"batch {size}, {count} iterations"] = Variant(settings=few)
     for count in (16, 256):
         rows[f"{count} images for least squares"] = Variant(extra={"start_images": count})
-    for count in (64, 256, arguments.images):
+    for count in (64, 256, images):
         rows[f"loss over {count} images"] = Variant(extra={"loss_images": count})
     rows["a cache for each candidate"] = Variant(shared=False)
     return {name: variant for name, variant in rows.items() if variant != Variant()}
@@ -160,14 +133,7 @@ def _run(job: Job, regions: Sequence[Region], variant: Variant) -> dict[str, Any
     _finish_device(job)
     begun = time.perf_counter()
     scorer = variant.kind(
-        job.original,
-        job.tap,
-        job.calibration,
-        variant.settings,
-        device=job.options.device,
-        seed=job.options.seed,
-        cache_bytes=job.options.cache_bytes,
-        **variant.extra,
+        job.original, variant.settings, cache_bytes=job.options.cache_bytes, **variant.extra
     )
     sets = [[region] for region in regions]
     fits = fit_all(scorer, sets) if variant.shared else [scorer.fit(one) for one in sets]
@@ -176,69 +142,72 @@ def _run(job: Job, regions: Sequence[Region], variant: Variant) -> dict[str, Any
         "seconds": time.perf_counter() - begun,
         "losses": {region.label: fit.loss for region, fit in zip(regions, fits, strict=True)},
         "cache_bytes": scorer.peak_bytes,
-        "process_bytes": peak_memory(job.options.device),  # the highest so far, so of all rows up to this one
+        "process_bytes": peak_memory(
+            job.original.device
+        ),  # the highest so far, so of all rows up to this one
     }
 
 
-def _note_runs(name: str, runs: Sequence[Mapping[str, Any]], notebook: subjects.Notebook) -> None:
+def _note_runs(name: str, runs: Sequence[Mapping[str, Any]], kept: ResultFile) -> None:
     seconds = [run["seconds"] for run in runs]
     row = {**runs[-1], "seconds": statistics.median(seconds), "all_seconds": seconds}
-    notebook.put(f"scorer/{name}", row)
+    kept.put(f"scorer/{name}", row)
     print(f"{name}: {row['seconds']:.2f} s", flush=True)
 
 
 def _finish_device(job: Job) -> None:
-    if job.options.device.startswith("cuda"):
+    if job.original.device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def _reference(
-    job: Job, regions: Sequence[Region], notebook: subjects.Notebook, arguments: argparse.Namespace
+    job: Job, regions: Sequence[Region], kept: ResultFile, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """Losses of the paper's procedure; empty where none were asked for."""
     count = arguments.reference_iterations
-    if arguments.reference_from:
-        _take_over(arguments.reference_from, count, regions, notebook)
     if not count:
         return {}
     settings = dataclasses.replace(RECIPES["practise"].adaptor, iterations=count)
-    missing = [r for r in regions if f"reference/{count}/{r.label}" not in notebook.entries]
+    missing = [r for r in regions if f"reference/{count}/{r.label}" not in kept.entries]
     for start in range(0, len(missing), SIDE_BY_SIDE):
         for label, loss in losses_side_by_side(job, missing[start : start + SIDE_BY_SIDE], settings).items():
-            notebook.put(f"reference/{count}/{label}", {"loss": loss})
+            kept.put(f"reference/{count}/{label}", {"loss": loss})
             print(f"reference {label}: loss {loss:.4g}", flush=True)
-    return {r.label: notebook.entries[f"reference/{count}/{r.label}"]["loss"] for r in regions}
+    return {r.label: kept.entries[f"reference/{count}/{r.label}"]["loss"] for r in regions}
 
 
-def _take_over(
-    files: Sequence[str], count: int, regions: Sequence[Region], notebook: subjects.Notebook
-) -> None:
-    """Copy reference losses from earlier results, each of which may hold some of the regions."""
-    prefix = f"reference/{count}/"
+def _take_over(arguments: argparse.Namespace, regions: Sequence[Region], kept: ResultFile) -> None:
+    """Copy reference losses from earlier results, each of which may hold some of the regions.
+
+    All are read before anything is written: the file that is written may be one of them.
+
+    Raises:
+        OptionError: A result was made with other settings, or a region is in none.
+    """
+    prefix = f"reference/{arguments.reference_iterations}/"
     taken: dict[str, Any] = {}
-    for file in files:
-        kept = subjects.kept_result(file)
-        if {**kept["settings"], "device": ""} != {**notebook.settings, "device": ""}:
+    for file in arguments.reference_from:
+        found = read_result(file)
+        if found["settings"] | ANYWHERE != kept.settings | ANYWHERE:
             raise OptionError(
-                f"the reference in {file} was made with {kept['settings']}, this run with {notebook.settings}; only "
+                f"the reference in {file} was made with {found['settings']}, this run with {kept.settings}; only "
                 "the device may differ"
             )
-        taken |= {key: entry for key, entry in kept["entries"].items() if key.startswith(prefix)}
-        notebook.put(f"reference taken from/{Path(file).name}", kept["environment"])
-    absent = [r.label for r in regions if prefix + r.label not in taken]
-    if absent:
-        raise OptionError(f"{', '.join(files)} hold no {count} iterations of {', '.join(absent)}")
+        taken[f"reference taken from/{Path(file).name}"] = found["environment"]
+        taken |= {key: entry for key, entry in found["entries"].items() if key.startswith(prefix)}
+    if absent := [region.label for region in regions if prefix + region.label not in taken]:
+        raise OptionError(
+            f"{', '.join(arguments.reference_from)} hold no {arguments.reference_iterations} iterations of "
+            f"{', '.join(absent)}"
+        )
     for key, entry in taken.items():
-        notebook.put(key, entry)
+        kept.put(key, entry)
 
 
 def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
     """Fit one region as the paper does."""
-    recipe = RECIPES["practise"]
-    recipe = dataclasses.replace(recipe, adaptor=dataclasses.replace(recipe.adaptor, iterations=iterations))
-    scorer = EndToEndScorer(
-        job.original, job.tap, job.calibration, recipe, device=job.options.device, seed=job.options.seed
-    )
+    settings = dataclasses.replace(RECIPES["practise"].adaptor, iterations=iterations)
+    scorer = EndToEndScorer(job.original, settings)
     _finish_device(job)
     begun = time.perf_counter()
     fit = scorer.fit([region])
@@ -247,7 +216,7 @@ def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
 
 
 def _in_turns(
-    job: Job, regions: Sequence[Region], notebook: subjects.Notebook, arguments: argparse.Namespace
+    job: Job, regions: Sequence[Region], kept: ResultFile, arguments: argparse.Namespace
 ) -> float | None:
     """Time the default scorer and the published fits in turns, so that both see the machine's slow hours.
 
@@ -255,33 +224,29 @@ def _in_turns(
         The time of 1000 iterations a region, scaled on this machine; None where it was not asked for.
     """
     few, wanted = arguments.timed_iterations, RECIPES["practise"].adaptor.iterations
-    threads = torch.get_num_threads()
     runs, total = [], 0.0
     for turn in range(arguments.repeats):
         runs.append(_run(job, regions, Variant()))
         for region in regions[turn :: arguments.repeats] if few else ():
-            ends = [
-                notebook.once(f"timed/{threads} threads/{n}/{region.label}", partial(_timed, job, region, n))
-                for n in (0, few)
-            ]
+            ends = [kept.once(f"timed/{n}/{region.label}", partial(_timed, job, region, n)) for n in (0, few)]
             total += scaled_seconds(ends[0]["seconds"], ends[1]["seconds"], few, wanted)
-    _note_runs("default", runs, notebook)
+    _note_runs("default", runs, kept)
     if not few:
         return None
     text = f"{wanted} iterations a region, scaled from {few}; the two loss evaluations are counted once"
-    notebook.put("reference seconds", {"seconds": total, "how": text})
+    kept.put("reference seconds", {"seconds": total, "how": text})
     return total
 
 
 def _compared(
-    notebook: subjects.Notebook,
+    entries: Mapping[str, Any],
     regions: Sequence[Region],
     reference: Mapping[str, float],
     seconds: float | None,
     savings: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     rows = []
-    for key, row in notebook.entries.items():
+    for key, row in entries.items():
         if not key.startswith("scorer/") or set(row["losses"]) != {r.label for r in regions}:
             continue
         both = [[source[r.label] for r in regions] for source in (row["losses"], reference) if reference]
@@ -310,17 +275,17 @@ def _same_sets(
     savings: Mapping[str, Any],
 ) -> tuple[int, int]:
     """How many of the independent choices for k = 1, 2, ... are the same, with the same savings."""
-    paths = [subjects.independent_plans(regions, source, savings) for source in (losses, reference)]
+    paths = [jobs.independent_plans(regions, source, savings) for source in (losses, reference)]
     same = sum(set(a) == set(b) for a, b in zip(*paths, strict=False))
     return same, max(map(len, paths))
 
 
 def _print(rows: Sequence[Mapping[str, Any]], seconds: float | None, arguments: argparse.Namespace) -> None:
     default = next(row for row in rows if row["scorer"] == "default")
-    if default["reference losses"]:
-        pairs = [(k, v, default["reference losses"][k]) for k, v in default["losses"].items()]
-        print(render(("region", "loss", f"reference, {arguments.reference_iterations} iterations"), pairs))
-    headers = (
+    reference, count = default["reference losses"], arguments.reference_iterations
+    pairs = [{"region": k, "loss": v, "reference": reference.get(k)} for k, v in default["losses"].items()]
+    print_rows(pairs, {"region": "region", "loss": "loss", f"reference, {count} iterations": "reference"})
+    columns = (
         "scorer",
         "seconds",
         "times as fast",
@@ -330,41 +295,33 @@ def _print(rows: Sequence[Mapping[str, Any]], seconds: float | None, arguments: 
         "cache MiB",
         "process MiB",
     )
-    print(render(headers, [tuple(row[name] for name in headers) for row in rows]))
+    print_rows(rows, {name: name for name in columns})
     if seconds is not None:
-        few = arguments.timed_iterations
         print(
             f"reference: {seconds:.1f} s for {RECIPES['practise'].adaptor.iterations} iterations a region, scaled from "
-            f"{few}; the two loss evaluations are counted once, not scaled"
+            f"{arguments.timed_iterations}; the two loss evaluations are counted once, not scaled"
         )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scoring", description=(__doc__ or "").split("\n")[0]
-    )
-    subjects.add_arguments(parser, model="resnet20")
-    parser.add_argument(
+    defaults = {**options.NETWORK, "model": "resnet20", "regions": (), "repeats": 3}
+    parser = options.parser("scoring", __doc__, **defaults)
+    add = parser.add_argument
+    add(
         "--reference-iterations",
         type=int,
         default=1000,
         help="of the losses, 0 for none (default: %(default)s)",
     )
-    parser.add_argument(
-        "--timed-iterations", type=int, default=100, help="of the time, 0 for none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--regions", type=subjects.words, default=(), help="labels, such as layer1.0,layer1.1"
-    )
-    parser.add_argument(
+    add("--timed-iterations", type=int, default=100, help="of the time, 0 for none (default: %(default)s)")
+    add(
         "--reference-from",
-        type=subjects.words,
+        type=options.words,
         default=(),
-        help="earlier results of this benchmark, for the reference losses",
+        help="results of this script, for the reference losses",
     )
-    parser.add_argument("--ablation", action="store_true", help="a row for each idea switched off")
-    parser.add_argument("--repeats", type=int, default=3, help="of each row (default: %(default)s)")
-    return parser.parse_args(argv)
+    add("--ablation", action="store_true", help="a row for each idea switched off")
+    return options.parse(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Networks that users bring and that published pruning code refuses, each through the whole of `compress`.
 
-    python -m benchmarks.stories [--only retinanet_resnet50_fpn,hugging_face_vit]
+    python -m benchmarks.claims.user_models [--only retinanet_resnet50_fpn,hugging_face_vit]
 
 Parts of torchvision's detectors and of RAFT, a torchvision ViT, and a Hugging Face ViT (when transformers is
 installed). Weights and images are random, so accuracy means nothing here; what counts is that two regions are cut,
@@ -9,7 +9,6 @@ that the result runs, that its ONNX file agrees with torch, and what time it sav
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 import time
@@ -24,20 +23,20 @@ from torch import nn
 from torchvision import models
 
 import fxprune
-from benchmarks import environment, subjects
+from benchmarks.common import options
+from benchmarks.common.tables import print_rows
 from fxprune.errors import MeasurementError
 from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
 from fxprune.processes.threads import using_threads
-from fxprune.reports.tables import render
 
-__all__ = ["STORIES", "Story", "main"]
+__all__ = ["USERS", "UserModel", "main"]
 
 ITERATIONS = 4
 
 
 @dataclass(frozen=True)
-class Story:
+class UserModel:
     """One network and how it is called.
 
     Attributes:
@@ -67,10 +66,11 @@ def _pictures(size: int, images: int) -> list[Any]:
 
 
 def _vision_transformer() -> nn.Module:
-    model = models.vit_b_32(weights=None)
-    assert isinstance(model.heads.head, nn.Linear)
+    model: nn.Module = models.vit_b_32(weights=None)
+    head = model.get_submodule("heads.head")
+    assert isinstance(head, nn.Linear)
     # zeros, as torchvision has them, would hide every difference
-    nn.init.normal_(model.heads.head.weight, std=0.02)
+    nn.init.normal_(head.weight, std=0.02)
     return model
 
 
@@ -80,7 +80,8 @@ def _hugging_face() -> nn.Module:
     config = ViTConfig(
         hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=224
     )
-    return ViTForImageClassification(config)
+    model: nn.Module = ViTForImageClassification(config)
+    return model
 
 
 def _of_first(model: nn.Module, batch: Any) -> Any:
@@ -89,8 +90,8 @@ def _of_first(model: nn.Module, batch: Any) -> Any:
 
 def _on_detector(
     name: str, part: str, size: int, images: int, kinds: tuple[str, ...] = ("identity",)
-) -> Story:
-    return Story(
+) -> UserModel:
+    return UserModel(
         partial(_detector, name),
         partial(_pictures, size, images),
         part,
@@ -99,25 +100,25 @@ def _on_detector(
     )
 
 
-STORIES: Mapping[str, Story] = {
+USERS: Mapping[str, UserModel] = {
     "fasterrcnn_resnet50_fpn": _on_detector("fasterrcnn_resnet50_fpn", "backbone.body", 256, 16),
     "retinanet_resnet50_fpn": _on_detector("retinanet_resnet50_fpn", "backbone.body", 256, 16),
     "ssd300_vgg16": _on_detector("ssd300_vgg16", "backbone", 300, 4, ("identity", "sequential")),
-    "raft_small": Story(
+    "raft_small": UserModel(
         lambda: models.optical_flow.raft_small(weights=None),
         lambda: list(torch.rand(4, 2, 2, 3, 128, 128)),
         "feature_encoder",
         {"input_fn": tuple, "latency_batch": 2},
         lambda model, frames: model(*frames),
     ),
-    "vit_b_32": Story(
+    "vit_b_32": UserModel(
         _vision_transformer,
         lambda: list(torch.rand(2, 8, 3, 224, 224)),
         None,
         {"latency_batch": 1},
         lambda model, batch: model(batch),
     ),
-    "hugging_face_vit": Story(
+    "hugging_face_vit": UserModel(
         _hugging_face,
         lambda: [{"pixel_values": batch} for batch in torch.rand(4, 4, 3, 224, 224)],
         None,
@@ -128,25 +129,20 @@ STORIES: Mapping[str, Story] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stories, print the table and leave JSON in `benchmarks/results/stories.json`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stories", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--only", type=subjects.words, default=tuple(STORIES), help=f"of {','.join(STORIES)}")
-    parser.add_argument("--k", type=int, default=2, help="regions to cut (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--out", help="name of the result file")
-    arguments = parser.parse_args(argv)
-    settings = {"k": arguments.k, "threads": arguments.threads, "versions": environment.versions()}
-    notebook = subjects.Notebook(arguments.out or "stories", settings, arguments.seed)
+    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    defaults = {"k": 2, "threads": torch.get_num_threads(), "seed": 0, "out": None}
+    parser = options.parser("user_models", __doc__, **defaults)
+    parser.add_argument("--only", type=options.words, default=tuple(USERS), help=f"of {','.join(USERS)}")
+    arguments = options.parse(parser, argv)
     with using_threads(arguments.threads):
+        kept = options.result_file(
+            arguments, "user_models", options.settings_of(arguments, basis=("k", "seed"))
+        )
         for name in arguments.only:
             torch.manual_seed(arguments.seed)
-            figures = notebook.entries.get(name) or tell(STORIES[name], arguments.k, arguments.seed)
-            notebook.put(name, figures)
+            figures = kept.once(name, partial(compress_and_run, USERS[name], arguments.k, arguments.seed))
             print(f"{name}: without {', '.join(figures['chosen'])}", flush=True)
-    print(_table(notebook.entries))
+    _print(kept.entries)
 
 
 def recipe() -> Recipe:
@@ -159,24 +155,24 @@ def recipe() -> Recipe:
     )
 
 
-def tell(story: Story, k: int, seed: int) -> dict[str, Any]:
+def compress_and_run(user: UserModel, k: int, seed: int) -> dict[str, Any]:
     """Compress a network, run it, export what was compressed and measure it.
 
     Raises:
         FxpruneError: A stage refused the network, or the exported file disagrees with torch.
         MeasurementError: The latency in the report was not measured.
     """
-    model, loader = story.build().eval(), story.loader()
+    model, loader = user.build().eval(), user.loader()
     begun = time.perf_counter()
     small = fxprune.compress(
         model,
         loader,
         k=k,
         recipe=recipe(),
-        submodule=story.submodule,
+        submodule=user.submodule,
         seed=seed,
         progress=False,
-        **story.settings,
+        **user.settings,
     )
     seconds = time.perf_counter() - begun
     made = fxprune.report(small)
@@ -184,12 +180,12 @@ def tell(story: Story, k: int, seed: int) -> dict[str, Any]:
     if not isinstance(latency, LatencyComparison):
         raise MeasurementError(latency.reason)
     with torch.inference_mode():
-        story.call(small, loader[0])
-    part = small if story.submodule is None else small.get_submodule(story.submodule)
+        user.call(small, loader[0])
+    part = small if user.submodule is None else small.get_submodule(user.submodule)
     with tempfile.TemporaryDirectory() as folder:
         record = fxprune.export_onnx(part, Path(folder) / "part.onnx")
     return {
-        "part": story.submodule or "",
+        "part": user.submodule or "",
         "regions": len(made.plan.scores),
         "chosen": list(made.plan.chosen),
         "parameters": made.parameters,
@@ -202,28 +198,14 @@ def tell(story: Story, k: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _table(entries: Mapping[str, Any]) -> str:
-    headers = ("network", "part", "regions", "cut", "latency ratio", "95 % interval", "fold", "onnx", "s")
-    rows = []
-    for name, row in entries.items():
-        between = f"{row['interval']['low']:.3f} to {row['interval']['high']:.3f}"
-        errors = [
-            f"{row[key]:.1e}" if row[key] is not None else "" for key in ("fold_error", "onnx_max_abs_diff")
-        ]
-        cut = ", ".join(row["chosen"])
-        rows.append(
-            (
-                name,
-                row["part"],
-                row["regions"],
-                cut,
-                f"{row['ratio']:.3f}",
-                between,
-                *errors,
-                f"{row['seconds']:.0f}",
-            )
-        )
-    return render(headers, rows)
+def _print(entries: Mapping[str, Any]) -> None:
+    rows = [
+        {"network": name, **row, "low": row["interval"]["low"], "high": row["interval"]["high"]}
+        for name, row in entries.items()
+    ]
+    names = {"network": "network", "part": "part", "regions": "regions", "cut": "chosen"}
+    latency = {"latency ratio": "ratio", "95 % from": "low", "to": "high"}
+    print_rows(rows, {**names, **latency, "fold": "fold_error", "onnx": "onnx_max_abs_diff", "s": "seconds"})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "agreement",
     "cifar10_test",
     "data_folder",
+    "few_photographs",
     "few_shot",
     "load_weights",
     "photographs",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 VARIABLE = "FXPRUNE_DATA"
-DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -119,11 +120,23 @@ def photographs(part: str, data: str | Path | None = None) -> LabelledImages:
     return LabelledImages(_load(files, _read_photograph), torch.tensor(labels))
 
 
+def few_photographs(images: int, seed: int, *, data: str | Path | None = None) -> Tensor:
+    """Draw photographs `[images, 3, 224, 224]` to compress with; a smaller draw begins a larger one of its seed.
+
+    Raises:
+        OptionError: There are not so many.
+    """
+    pool = photographs("fit", data).images
+    if not 1 <= images <= len(pool):
+        raise OptionError(f"cannot draw {images} photographs: there are {len(pool)}")
+    return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:images]]
+
+
 def load_weights(model: nn.Module, name: str, data: str | Path | None = None) -> nn.Module:
     """Load `weights/NAME.pt` into a network: float32, evaluation mode, laid out channels last.
 
-    That layout makes torch's convolutions on a CPU faster, in training and in serving (ResNet-20: a step
-    of an adaptor fit takes 0.8 times as long), so it is the fairer original to compare with.
+    That layout makes torch's convolutions on a CPU faster, in training and in serving, so it is the fairer
+    original to compare with (docs/decisions/0008-channels-last-originals.md).
 
     Raises:
         SourceError: If the file is not there, or its keys are not the network's.
