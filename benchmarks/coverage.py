@@ -47,7 +47,7 @@ from benchmarks.environment import RESULTS, write_result
 from benchmarks.zoo import Case, cases
 from fxprune.errors import TraceError
 from fxprune.export import serving
-from fxprune.export.artifact import write_text_atomic
+from fxprune.files import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.graph.trace import FrontEnd

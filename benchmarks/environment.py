@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxprune.export.artifact import check_writable, write_text_atomic
+from fxprune.files import check_writable, write_text_atomic
 
 __all__ = ["RESULTS", "commit", "describe", "kept", "versions", "write_result"]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from fxprune import files
 from fxprune.errors import ArtifactError
 from fxprune.export import artifact
 
@@ -114,6 +115,15 @@ def test_a_network_of_torch_export_round_trips(kept: tuple[nn.Module, Path], tmp
     artifact.save(again, tmp_path, example_inputs=[torch.randn(2, 3, 6, 6)])
     x = torch.randn(3, 3, 6, 6)
     torch.testing.assert_close(artifact.load(tmp_path)(x), again(x))
+
+
+def test_a_loaded_network_takes_either_mode_and_computes_the_same(kept: tuple[nn.Module, Path]) -> None:
+    """`torch.export` hangs methods that raise over both."""
+    network = artifact.load(kept[1])
+    assert not any(module.training for module in network.modules())
+    x = torch.randn(3, 3, 6, 6)
+    assert torch.equal(network.train()(x), network.eval()(x))
+    assert not network.training
 
 
 def test_an_archive_with_sample_inputs_and_guards_is_accepted(tmp_path: Path) -> None:
@@ -259,8 +269,8 @@ def test_a_checkpoint_without_weights_says_so(tmp_path: Path) -> None:
 
 
 def test_json_and_text_are_written_whole(tmp_path: Path) -> None:
-    artifact.write_json_atomic(tmp_path / "a.json", {"k": [1, 2]})
-    artifact.write_text_atomic(tmp_path / "a.txt", "äöü\n")
+    files.write_json_atomic(tmp_path / "a.json", {"k": [1, 2]})
+    files.write_text_atomic(tmp_path / "a.txt", "äöü\n")
     assert json.loads((tmp_path / "a.json").read_text()) == {"k": [1, 2]}
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "äöü\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.txt"]
@@ -269,7 +279,7 @@ def test_json_and_text_are_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), object()])
 def test_what_json_cannot_say_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(ArtifactError, match=r"a\.json"):
-        artifact.write_json_atomic(tmp_path / "a.json", {"x": value})
+        files.write_json_atomic(tmp_path / "a.json", {"x": value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +289,7 @@ def test_what_json_cannot_say_is_refused(tmp_path: Path, value: object) -> None:
 def test_an_interrupted_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    artifact.write_text_atomic(tmp_path / "a.txt", "old")
+    files.write_text_atomic(tmp_path / "a.txt", "old")
 
     def half(path: Path, data: bytes) -> int:
         with path.open("wb") as stream:
@@ -288,13 +298,13 @@ def test_an_interrupted_write_leaves_the_old_file(
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises((KeyboardInterrupt, ArtifactError), match=r"disk is full|by the user"):
-        artifact.write_text_atomic(tmp_path / "a.txt", "new")
+        files.write_text_atomic(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_check_writable_creates_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert artifact.check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert files.check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
@@ -302,9 +312,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArtifactError, match="cannot be written"):
-            artifact.check_writable(folder)
+            files.check_writable(folder)
     with pytest.raises(ArtifactError, match="cannot be written"):
-        artifact.write_text_atomic(tmp_path / "missing" / "a.txt", "x")
+        files.write_text_atomic(tmp_path / "missing" / "a.txt", "x")
 
 
 def test_a_network_that_export_cannot_capture_is_not_kept(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from benchmarks import data, environment, runs
 from benchmarks.models.blocks import surviving
 from benchmarks.models.cifar_resnet import CifarResNet, resnet, resnet20, resnet56
 from benchmarks.models.mobilenet_v2 import MobileNetV2
+from fxprune import files
 from fxprune.errors import ArtifactError, CalibrationError, OptionError, PostconditionError, SourceError
-from fxprune.export import artifact
 from fxprune.options import RECIPES
 
 
@@ -206,7 +206,7 @@ def test_result_file_is_whole_or_absent(results: Path, monkeypatch: pytest.Monke
     with pytest.raises(TypeError):
         environment.write_result("x", {"figure": object()}, seed=7)
 
-    monkeypatch.setattr(artifact.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(ArtifactError, match="disk is full"):
         environment.write_result("x", {"figure": 2.5}, seed=7)
     assert [path.name for path in file.parent.iterdir()] == ["x.json"]

@@ -18,8 +18,8 @@ from torchvision.models import VisionTransformer
 
 from fxprune.errors import ExportError, OptionError, ParityError
 from fxprune.export import onnx_file, serving
-from fxprune.export.artifact import frozen_copy
 from fxprune.export.attention import FourDimensionalAttention
+from fxprune.graph.evaluation import evaluation_copy
 
 
 class Small(nn.Module):
@@ -86,7 +86,7 @@ def test_the_file_equals_the_network_at_every_batch_size(
     assert record.inputs == tuple(entry.name for entry in proto.graph.input)
     session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
     x = torch.randn(7, 3, 8, 8)
-    network = frozen_copy(model, "cpu")
+    network = evaluation_copy(model).requires_grad_(False)
     np.testing.assert_allclose(serving.run(session, [x])[0], network(x).numpy(), atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_pat
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, onnx_file._wellformed(onnx_file.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
+    return model, onnx_file._wellformed(evaluation_copy(model), [torch.randn(3, 3)], None, False)
 
 
 @pytest.fixture

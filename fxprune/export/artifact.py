@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import pickle
@@ -14,39 +13,19 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.errors import ArtifactError
 from fxprune.export.archive import require_harmless
-from fxprune.files import check_writable, replacing, write_bytes_atomic, write_json_atomic, write_text_atomic
+from fxprune.files import check_writable, write_bytes_atomic
+from fxprune.graph.evaluation import evaluation_copy, to_evaluation
 
-__all__ = [
-    "check_writable",
-    "frozen_copy",
-    "load",
-    "load_state",
-    "replacing",
-    "save",
-    "write_json_atomic",
-    "write_text_atomic",
-]
+__all__ = ["load", "load_state", "save"]
 
 # Where training scripts put the weights inside a larger checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def frozen_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """Return a deep copy of `model` in evaluation mode on `device`; the original is left as it is."""
-    duplicate = copy.deepcopy(model)
-    try:
-        duplicate.eval()
-    except NotImplementedError:
-        # Graphs of torch.export refuse eval(): their operators carry the mode as a constant already.
-        for module in duplicate.modules():
-            module.training = False
-    return duplicate.requires_grad_(False).to(device)
 
 
 def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor]) -> None:
@@ -63,7 +42,7 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
         ArtifactError: The network cannot be captured by `torch.export`, or the folder cannot be written.
     """
     target = check_writable(folder)
-    network = frozen_copy(gm, "cpu")
+    network = evaluation_copy(gm).requires_grad_(False).cpu()
     # Two rows at least: torch.export takes a dimension of size 1 for a constant.
     rows = tuple(x.detach().cpu().repeat(2, *[1] * (x.dim() - 1)) for x in example_inputs)
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in rows)
@@ -103,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
         raise ArtifactError(f"{source} cannot be read as an exported network: {error}") from error
     if not isinstance(module, GraphModule):
         raise ArtifactError(f"{source} holds a {type(module).__name__}, not a graph: export it again")
-    return module
+    return to_evaluation(module)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ArtifactError, ExportError, MeasurementError, OptionError, ParityError
 from fxprune.export import serving
-from fxprune.export.artifact import frozen_copy, replacing
 from fxprune.export.attention import FourDimensionalAttention
+from fxprune.files import replacing
+from fxprune.graph.evaluation import evaluation_copy
 
 __all__ = ["ExportRecord", "export_onnx"]
 
@@ -103,7 +104,7 @@ def export_onnx(
         OptionError: An input lacks a batch dimension, batch sizes differ, or the tolerance is negative.
     """
     examples = _validated(example_inputs, tolerance)
-    network = frozen_copy(model, "cpu")
+    network = evaluation_copy(model).requires_grad_(False).cpu()
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
     proto = _wellformed(network, rows, opset, dynamic_image_size)

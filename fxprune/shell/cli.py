@@ -141,9 +141,10 @@ def _scoring(args: argparse.Namespace, talks: bool) -> dict[str, Any]:
 def _compress(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.export import artifact
+    from fxprune.files import check_writable
 
     with _together() as talks:
-        out = None if args.out is None else artifact.check_writable(args.out)
+        out = None if args.out is None else check_writable(args.out)
         model = _model(args)
         loader = _images(args, talks)
         example = next(iter(loader))[:1]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
 from fxprune.export import serving
-from fxprune.export.artifact import frozen_copy
 from fxprune.export.onnx_file import export_onnx
+from fxprune.graph.evaluation import evaluation_copy
 from fxprune.measurements import Latency, LatencyComparison, NotMeasured
 from fxprune.timing.rounds import (
     Clock,
@@ -215,7 +215,7 @@ def _prepare(
 def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Callable[[], None]:
     tensors = [*module.parameters(), *module.buffers()]
     ready = all(x.device == place for x in tensors) and not any(m.training for m in module.modules())
-    network = module if ready else frozen_copy(module, place)
+    network = module if ready else evaluation_copy(module).requires_grad_(False).to(place)
     placed = [x.to(place) for x in inputs]
 
     def call() -> None:
