@@ -21,7 +21,6 @@ from typing import Any
 
 import fxprune
 from benchmarks import subjects
-from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
 from fxprune.reports.tables import render
 from fxprune.timing.environment import peak_memory
@@ -168,7 +167,7 @@ def run(case: Case) -> dict[str, Any]:
         "durations": dict(report.durations),
         "chosen": list(report.plan.chosen),
         "regions": len(report.plan.scores),
-        "latency_ratio": report.latency.ratio if isinstance(report.latency, LatencyComparison) else None,
+        "latency_ratio": report.latency.ratio,
         "peak_bytes": peak_memory(case.device),
         "process_bytes_before": before,
         "process_bytes": peak_memory("cpu"),

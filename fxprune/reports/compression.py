@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from fxprune.graph.regions import Rejection
-from fxprune.measurements import LatencyComparison, NotMeasured
+from fxprune.measurements import Latency, LatencyComparison
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
@@ -23,7 +23,7 @@ class CompressionReport:
 
     Attributes:
         plan: Scores of all regions, and the chosen ones.
-        latency: The compressed network against the original, or why it could not be timed.
+        latency: The compressed network against the original.
         rejections: Candidates that cannot be dropped, with reasons.
         recovery_loss_before: Mean squared error at the tap after the cut, before mimicking.
         recovery_loss_after: The same after mimicking.
@@ -42,7 +42,7 @@ class CompressionReport:
     """
 
     plan: DropPlan
-    latency: LatencyComparison | NotMeasured
+    latency: LatencyComparison
     rejections: tuple[Rejection, ...]
     recovery_loss_before: float
     recovery_loss_after: float
@@ -59,14 +59,14 @@ class CompressionReport:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def before(self) -> Any:
+    def before(self) -> Latency:
         """Latency of the original."""
-        return self.latency.before if isinstance(self.latency, LatencyComparison) else self.latency
+        return self.latency.before
 
     @property
-    def after(self) -> Any:
+    def after(self) -> Latency:
         """Latency of the compressed network."""
-        return self.latency.after if isinstance(self.latency, LatencyComparison) else self.latency
+        return self.latency.after
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to `report.json`."""
@@ -75,8 +75,7 @@ class CompressionReport:
         for row, score in zip(data["plan"]["scores"], self.plan.scores, strict=True):
             row["score"] = score.score if math.isfinite(score.score) else None
             row["saved_s"] = score.latency.saved_s
-        if isinstance(self.latency, LatencyComparison):
-            data["latency"]["saved_s"] = self.latency.saved_s
+        data["latency"]["saved_s"] = self.latency.saved_s
         return data
 
     def to_json(self) -> str:
@@ -126,8 +125,6 @@ class CompressionReport:
         return lines
 
     def _latency_line(self) -> str:
-        if isinstance(self.latency, NotMeasured):
-            return f"latency on {self.latency.backend}: not measured: {self.latency.reason}"
         before, after = self.latency.before, self.latency.after
         interval = self.latency.interval
         return (

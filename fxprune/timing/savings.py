@@ -43,7 +43,6 @@ def measure_savings(
     backend: str,
     device: str,
     settings: TimingSettings = SCORING,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LatencyComparison, ...]:
     """Times the network without its regions against the original, in one interleaved run.
 
@@ -57,7 +56,6 @@ def measure_savings(
         backend: Where to time: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
         device: Device of the `torch` backend.
         settings: How long to go on.
-        progress: Called with rounds done and the most there will be.
 
     Returns:
         One comparison for each region; `shared_by` says how many were left out together.
@@ -72,9 +70,7 @@ def measure_savings(
         groups.setdefault(key, []).append(region)
     subjects = [wrap(without(gm, group)) for group in groups.values()]
     place = device if backend == "torch" else None
-    measured = compare(
-        wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings, progress=progress
-    )
+    measured = compare(wrap(gm), subjects, inputs, backend=backend, device=place, settings=settings)
     shares = {
         key: _share(one, len(group)) for (key, group), one in zip(groups.items(), measured, strict=True)
     }
