@@ -7,6 +7,9 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +309,25 @@ def test_an_interrupted_write_leaves_the_old_file(
 def test_check_writable_creates_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert files.check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    day, minute = 25 * 3600, 2 * 60
+    gone = {f".model-{ended.pid}-0123abcd.onnx": minute, f".probe-{os.getpid()}-0123abcd": day}
+    kept = {
+        f".model-{ended.pid}-4567abcd.onnx": 0,  # a process of another machine may be at it
+        f".model-{os.getpid()}-0123abcd.onnx": minute,
+        f"model-{ended.pid}-0123abcd.onnx": day,
+        f".model-{ended.pid}-other.onnx": day,
+        ".hidden": day,
+    }
+    for name, age in (gone | kept).items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    files.check_writable(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
