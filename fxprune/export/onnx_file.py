@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -23,7 +21,8 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ArtifactError, ExportError, MeasurementError, OptionError, ParityError
 from fxprune.export import serving
 from fxprune.export.attention import FourDimensionalAttention
-from fxprune.files import replacing
+from fxprune.export.messages import innermost, quiet
+from fxprune.files import remove_leftovers, replacing
 from fxprune.graph.evaluation import evaluation_copy
 
 __all__ = ["ExportRecord", "export_onnx"]
@@ -42,12 +41,6 @@ _TOLERANCE_HALF = 5e-3
 _ADVICE = (
     "Look for sizes written as constants (x.view(1, -1): use x.flatten(1)), for graphs that torch.export "
     "captured with a fixed batch (capture them with a dynamic one), and for operators that ONNX lacks"
-)
-# What torch's exporter tells its own developers; nothing here is for the user to act on.
-_KNOWN_WARNINGS = (
-    (UserWarning, r".*The axis name: .* will not be used"),  # several inputs share the batch dimension
-    (DeprecationWarning, r".*"),  # of torch, onnxscript and their dependencies among themselves
-    (FutureWarning, r".*"),
 )
 
 
@@ -99,7 +92,8 @@ def export_onnx(
         dynamic_image_size: Leave height and width of every four-dimensional input free as well.
 
     Raises:
-        ExportError: The network has no ONNX form with a free batch size, exceeds 2 GB, or cannot be written.
+        ExportError: The network has no ONNX form with a free batch size, or none in the opset that was asked for;
+            it exceeds 2 GB, returns something else than tensors, or cannot be written.
         ParityError: onnxruntime computes something else than torch; no file is left.
         OptionError: An input lacks a batch dimension, batch sizes differ, or the tolerance is negative.
     """
@@ -107,8 +101,16 @@ def export_onnx(
     network = evaluation_copy(model).requires_grad_(False).cpu()
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
+    _run(network, rows)  # what it says is plainer than what the exporter would
     proto = _wellformed(network, rows, opset, dynamic_image_size)
     _require_free_batch(proto, network)
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset not in (None, written):
+        raise ExportError(
+            f"opset={opset} was asked for, and torch's exporter can write {type(network).__name__} in opset {written} "
+            "and not convert it: give that, or leave opset out"
+        )
+    remove_leftovers(Path(path).parent)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(proto.SerializeToString())
@@ -121,7 +123,7 @@ def export_onnx(
     _logger.info("wrote %s: %d bytes, largest difference %.3g of %.3g", path, size, diff, accepted)
     return ExportRecord(
         path=os.fspath(path),
-        opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=written,
         inputs=tuple(entry.name for entry in proto.graph.input),
         outputs=tuple(entry.name for entry in proto.graph.output),
         batch_sizes=BATCH_SIZES if verify else (),
@@ -198,7 +200,7 @@ def _convert(
     """Capture the network with torch's exporter; anything that it cannot do becomes an `ExportError`."""
     args, kwargs = ((), rows) if isinstance(rows, dict) else (tuple(rows), None)
     try:
-        with _quiet(), FourDimensionalAttention():
+        with quiet(), FourDimensionalAttention():
             program = torch.onnx.export(
                 network,
                 args=args,
@@ -210,10 +212,26 @@ def _convert(
                 optimize=optimize,
             )
     except Exception as error:
-        raise ExportError(f"{_refusal(network)}: {_innermost(error)}. {_ADVICE}") from error
+        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
     if program is None:
         raise ExportError(f"{_refusal(network)}: torch's exporter returned nothing. {_ADVICE}")
-    return program.model_proto
+    proto = program.model_proto
+    for part in (proto.graph, *proto.functions):
+        _forget_sources(part)
+    return proto
+
+
+def _forget_sources(part: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Take the lines of the user's source code, and where they stood on this machine, off every node."""
+    for node in part.node:
+        kept = [
+            entry for entry in node.metadata_props if entry.key == "namespace"
+        ]  # what viewers group nodes by
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _forget_sources(inner)
 
 
 def _free_dimensions(
@@ -297,43 +315,35 @@ def _outputs(
     network: nn.Module, session: ort.InferenceSession, rows: Inputs
 ) -> tuple[list[Array], list[Array]]:
     """The flattened outputs of the network and of the file."""
-    values = list(rows.values()) if isinstance(rows, dict) else list(rows)
-    batch = values[0].shape[0]
-    if isinstance(rows, dict):
-        values = [rows[entry.name] for entry in session.get_inputs() if entry.name in rows]
+    expected = [x.numpy() for x in _run(network, rows)]
+    values = (
+        rows if not isinstance(rows, dict) else [rows[x.name] for x in session.get_inputs() if x.name in rows]
+    )
+    try:
+        return expected, serving.run(session, values)
+    except MeasurementError as error:
+        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
+
+
+def _run(network: nn.Module, rows: Inputs) -> list[Tensor]:
+    """The tensors that the network returns; an `ExportError` where it fails, or returns what ONNX cannot."""
     try:
         with torch.no_grad():
             result = network(**rows) if isinstance(rows, dict) else network(*rows)
-        found = serving.run(session, values)
     except Exception as error:  # the user's network may raise anything
+        batch = len(next(iter(rows.values() if isinstance(rows, dict) else rows)))
         raise ExportError(
-            f"{_refusal(network)}: it fails at batch size {batch}: {_innermost(error)}. {_ADVICE}"
+            f"{_refusal(network)}: it fails at batch size {batch}: {innermost(error)}. {_ADVICE}"
         ) from error
-    return [x.numpy() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)], found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch's exporter tells its own developers away from the user."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category, message in _KNOWN_WARNINGS:
-                warnings.filterwarnings("ignore", category=category, message=message)
-            yield
-    finally:
-        exporter.setLevel(level)
+    values = [value for value in pytree.tree_leaves(result) if value is not None]
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"{_refusal(network)}: its output holds a value of type {type(value).__name__}, and ONNX files return "
+                "tensors only. Wrap the network in a module that returns its tensors, in a tuple, a list or a dict"
+            )
+    return values
 
 
 def _refusal(network: nn.Module) -> str:
     return f"{type(network).__name__} cannot be written as ONNX with a free batch size"
-
-
-def _innermost(error: BaseException) -> str:
-    """The first telling line of the exception that started the chain; torch wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}".rstrip(". ")
