@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import random
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
@@ -221,6 +223,92 @@ def test_missing_and_damaged_archives_are_named(kept: tuple[nn.Module, Path], tm
         artifact.load(tmp_path / "half.pt2")
 
 
+def test_one_flipped_bit_is_found(kept: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    for name in ("model.pt2", "model.safetensors"):
+        data = bytearray((kept[1] / name).read_bytes())
+        weight = kept[0].get_parameter("first.weight").detach().numpy().tobytes()
+        data[data.find(weight) + len(weight) // 2 + 3] ^= 0x40
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"entry 'data/weights/weight_\d+' is damaged.*write it again"):
+        artifact.load(tmp_path)
+    with pytest.raises(ArtifactError, match=r"is damaged.*checksum"):
+        artifact.load_state(tmp_path / "model.safetensors")
+
+
+def test_weights_of_other_programs_carry_no_checksum_and_are_read(tmp_path: Path) -> None:
+    state = {"x": torch.arange(3.0)}
+    for metadata in (None, {"format": "pt"}):
+        save_file(state, tmp_path / "x.safetensors", metadata)
+        assert torch.equal(artifact.load_state(tmp_path / "x.safetensors")["x"], state["x"])
+
+
+def bombed(data: bytes) -> bytes:
+    """The archive with one more entry, of a size that its own file hides."""
+    buffer = io.BytesIO(data)
+    root = zipfile.ZipFile(buffer).namelist()[0].split("/")[0]
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{root}/extra/blanks", bytes(10 * len(data)))
+    return buffer.getvalue()
+
+
+def test_zip_bombs_are_refused_before_they_are_unpacked(
+    kept: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(Tied().state_dict(), buffer)
+    (tmp_path / "x.pt").write_bytes(bombed(buffer.getvalue()))
+    (tmp_path / "x.pt2").write_bytes(bombed((kept[1] / "model.pt2").read_bytes()))
+    tampered(kept[1] / "model.pt2", tmp_path / "y.pt2", {"data/weights/model.pt": bombed(buffer.getvalue())})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "PyTorchFileReader", None)  # nothing may be read yet
+        with pytest.raises(ArtifactError, match="zip bomb"):
+            artifact.load(tmp_path / "x.pt2")
+        with pytest.raises(ArtifactError, match="zip bomb"):
+            artifact.load_state(tmp_path / "x.pt")
+    with pytest.raises(ArtifactError, match=r"pickle 'data/weights/model.pt' is unsafe \(a zip bomb"):
+        artifact.load(tmp_path / "y.pt2")
+
+
+_GRAPH, _TABLE = "models/model.json", "data/weights/model_weights_config.json"
+
+
+@pytest.mark.parametrize(
+    ("entry", "content"),
+    [
+        (_GRAPH, b"{not json"),
+        (_GRAPH, b"\xff\xfe\x00"),
+        (_GRAPH, b"[" * 200_000),
+        (_GRAPH, b"[]"),
+        (_GRAPH, b'{"in_spec": "nope"}'),
+        (_TABLE, b"nope"),
+        (_TABLE, b"{}"),
+        (_TABLE, b'{"config": [1]}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": false}}}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": true, "path_name": "weight_99"}}}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": false, "path_name": 7}}}'),
+        ("data/constants/model_constants_config.json", b"[]"),
+    ],
+)
+def test_malformed_archives_are_named(
+    kept: tuple[nn.Module, Path], tmp_path: Path, entry: str, content: bytes
+) -> None:
+    bad = tampered(kept[1] / "model.pt2", tmp_path / "bad.pt2", {entry: content})
+    with pytest.raises(ArtifactError, match=r"bad\.pt2"):
+        artifact.load(bad)
+
+
+def test_an_unknown_operator_is_named_in_one_line(
+    kept: tuple[nn.Module, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = tampered(
+        kept[1] / "model.pt2", tmp_path / "bad.pt2", in_graph("aten.linear.default", "aten.nosuch.default")
+    )
+    with pytest.raises(ArtifactError, match=r"aten\.nosuch\.default") as caught:
+        artifact.load(bad)
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
 )
@@ -238,7 +326,7 @@ def test_checkpoints_are_read_with_tensors_only(
 def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path: Path, legacy: bool) -> None:
     sprung = tmp_path / "sprung"
     torch.save({"x": Trap(sprung)}, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ArtifactError, match=r"refused.*convert it once"):
+    with pytest.raises(ArtifactError, match=r"refused.*mkdir.*if you trust.*convert it once, which runs"):
         artifact.load_state(tmp_path / "bad.pth")
     assert not sprung.exists()
 
@@ -255,6 +343,14 @@ def test_garbage_is_no_checkpoint(tmp_path: Path, name: str, content: bytes) -> 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArtifactError, match="x\\."):
         artifact.load_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_are_damage_and_nothing_to_trust(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "x.pt").write_bytes(random.Random(seed).randbytes(1000))
+    with pytest.raises(ArtifactError, match="damaged or no torch checkpoint") as caught:
+        artifact.load_state(tmp_path / "x.pt")
+    assert not re.search(r"weights_only|trust", str(caught.value))
 
 
 def test_a_truncated_checkpoint_is_damaged(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import pickle
-import warnings
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.errors import ArtifactError
-from fxprune.export.archive import require_harmless
+from fxprune.export.archive import require_compact, require_harmless
+from fxprune.export.messages import innermost, quiet
 from fxprune.files import check_writable, write_bytes_atomic
 from fxprune.graph.evaluation import evaluation_copy, to_evaluation
 
@@ -25,6 +28,9 @@ __all__ = ["load", "load_state", "save"]
 
 # Where training scripts put the weights inside a larger checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+_SEAL, _BLANK = "fxprune_sha256", b"0" * 64
+# What torch calls a class or function that it refuses to look up; not the noise that random bytes make of a name.
+_GLOBAL = re.compile(r"GLOBAL ([A-Za-z_]\w*(?:\.\w+)+)")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -57,7 +63,7 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
             "Write it with export_onnx instead, or keep its state_dict"
         ) from error
     write_bytes_atomic(target / "model.pt2", buffer.getvalue())
-    write_bytes_atomic(target / "model.safetensors", safetensors.torch.save(_unshared(network.state_dict())))
+    write_bytes_atomic(target / "model.safetensors", _sealed(network.state_dict()))
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:
@@ -75,11 +81,14 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     archive = _read_bytes(source)
     require_harmless(archive, str(source))
     try:
-        with warnings.catch_warnings():  # torch 2.9 reads weights from a buffer that it then never writes to
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            module = torch.export.load(io.BytesIO(archive)).module()
+        with quiet():
+            from torch.export.pt2_archive._package import load_pt2  # takes a second to import
+
+            # torch.export.load would log what this raises, and go on to read the file in an older format
+            module = load_pt2(io.BytesIO(archive)).exported_programs["model"].module()
     except Exception as error:
-        raise ArtifactError(f"{source} cannot be read as an exported network: {error}") from error
+        cause, *_ = innermost(error).partition(". ")
+        raise ArtifactError(f"{source} cannot be read as an exported network: {cause}") from error
     if not isinstance(module, GraphModule):
         raise ArtifactError(f"{source} holds a {type(module).__name__}, not a graph: export it again")
     return to_evaluation(module)
@@ -97,7 +106,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = Path(path)
     if source.suffix == ".safetensors":
         try:
-            return dict(safetensors.torch.load(_read_bytes(source)))
+            return _unsealed(_read_bytes(source))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ArtifactError(f"{source} is damaged or no safetensors file: {error}") from error
     if source.suffix not in _PICKLE_SUFFIXES:
@@ -118,28 +127,35 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _load_pickle(source: Path) -> Any:
     data = _read_bytes(source)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+        require_compact(data)
+        with quiet():
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # random bytes, read as a pickle, raise anything
+        if isinstance(error, pickle.UnpicklingError) and (found := _GLOBAL.search(str(error))):
             raise ArtifactError(
-                f"{source} was refused: reading it would run code from the file ({_gist(error)}). If you "
-                "trust where it came from, convert it once: safetensors.torch.save_file("
-                "torch.load(PATH, weights_only=False).state_dict(), 'weights.safetensors')"
+                f"{source} was refused: reading it would run code from the file ({found[1]}). Only if you trust "
+                "whoever wrote it with everything on this machine, convert it once, which runs that code: "
+                "safetensors.torch.save_file(torch.load(PATH, weights_only=False).state_dict(), 'weights.safetensors')"
             ) from error
-        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {_gist(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {_gist(error)}") from error
+        cause = innermost(error.__context__ or error)  # torch hides it behind its advice
+        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {cause}") from error
 
 
-def _gist(error: Exception) -> str:
-    """The line of torch's long message that names the cause."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
+def _sealed(state: dict[str, Any]) -> bytes:
+    """The tensors of a state dict as a safetensors file whose header holds the SHA-256 of the file without it."""
+    own = {name: x.detach().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+    data = safetensors.torch.save(own, {_SEAL: _BLANK.decode()})
+    return data.replace(_BLANK, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def _unshared(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, each with memory of its own, as safetensors requires."""
-    return {name: x.detach().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+def _unsealed(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a `ValueError` where it has a checksum, and another one."""
+    state = dict(safetensors.torch.load(data))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    seal = (header.get("__metadata__") or {}).get(_SEAL)
+    if seal is not None and hashlib.sha256(data.replace(seal.encode(), _BLANK, 1)).hexdigest() != seal:
+        raise ValueError("its checksum is another one")
+    return state
 
 
 def _read_bytes(source: Path) -> bytes:

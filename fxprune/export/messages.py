@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+from fxprune.errors import FxpruneError
+
 __all__ = ["innermost", "quiet"]
 
 _LOGGERS = ("onnxscript", "torch.export", "torch._export", "torch.onnx")
@@ -41,4 +43,4 @@ def innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}".rstrip(". ")
+    return (line if isinstance(error, FxpruneError) else f"{type(error).__name__}: {line}").rstrip(". ")
