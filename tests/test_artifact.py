@@ -309,6 +309,16 @@ def test_an_unknown_operator_is_named_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
+def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
+    rows = torch.export.Dim.AUTO
+    program = torch.export.export(Tied().eval(), (torch.randn(2, 3, 6, 6),), dynamic_shapes=({0: rows},))
+    for network in (symbolic_trace(Tied()), program.module()):
+        artifact.save(network, tmp_path, example_inputs=[torch.randn(2, 3, 6, 6)])
+        for path in tmp_path.iterdir():
+            for secret in (str(Path(__file__).parent), str(Path(torch.__file__).parent), "self.first(x)"):
+                assert secret.encode() not in path.read_bytes()
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
 )

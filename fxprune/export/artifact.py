@@ -56,6 +56,7 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
     try:
         program = torch.export.export(network, rows, dynamic_shapes=shapes)
         program.example_inputs = None  # the calibration images are the user's own, and no part of the network
+        _forget_sources(program)
         torch.export.save(program, buffer)
     except Exception as error:
         raise ArtifactError(
@@ -64,6 +65,14 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
         ) from error
     write_bytes_atomic(target / "model.pt2", buffer.getvalue())
     write_bytes_atomic(target / "model.safetensors", _sealed(network.state_dict()))
+
+
+def _forget_sources(program: torch.export.ExportedProgram) -> None:
+    """Take the lines of the user's source code, and where they stood on this machine, off every node."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            for key in ("stack_trace", "source_fn_stack", "from_node"):
+                node.meta.pop(key, None)
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:
