@@ -94,13 +94,10 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
             from torch.export.pt2_archive._package import load_pt2  # takes a second to import
 
             # torch.export.load would log what this raises, and go on to read the file in an older format
-            module = load_pt2(io.BytesIO(archive)).exported_programs["model"].module()
+            return to_evaluation(load_pt2(io.BytesIO(archive)).exported_programs["model"].module())
     except Exception as error:
         cause, *_ = innermost(error).partition(". ")
         raise ArtifactError(f"{source} cannot be read as an exported network: {cause}") from error
-    if not isinstance(module, GraphModule):
-        raise ArtifactError(f"{source} holds a {type(module).__name__}, not a graph: export it again")
-    return to_evaluation(module)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -101,7 +101,6 @@ def export_onnx(
     network = evaluation_copy(model).requires_grad_(False).cpu()
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
-    _run(network, rows)  # what it says is plainer than what the exporter would
     proto = _wellformed(network, rows, opset, dynamic_image_size)
     _require_free_batch(proto, network)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
@@ -137,7 +136,7 @@ def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
     """The inputs on the CPU, detached, in a container of their own."""
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance={tolerance}: give an absolute difference of 0 or more, or None")
-    values = list(example_inputs.values()) if isinstance(example_inputs, dict) else list(example_inputs)
+    values = pytree.tree_leaves(example_inputs)
     if not values or any(not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0 for x in values):
         raise OptionError(
             "example_inputs must be one or more tensors, each with a batch dimension that is not empty"
@@ -146,9 +145,8 @@ def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
         raise OptionError(
             f"the inputs' batch sizes differ: {[tuple(x.shape) for x in values]}; dimension 0 is the batch"
         )
-    if isinstance(example_inputs, dict):
-        return {name: x.detach().cpu() for name, x in example_inputs.items()}
-    return [x.detach().cpu() for x in example_inputs]
+    own: Inputs = pytree.tree_map(lambda x: x.detach().cpu(), example_inputs)
+    return own
 
 
 def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
@@ -163,9 +161,8 @@ def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
             rows += 0.01 * rows.std(correction=0) * noise
         return rows
 
-    if isinstance(examples, dict):
-        return {name: resize(x) for name, x in examples.items()}
-    return [resize(x) for x in examples]
+    resized: Inputs = pytree.tree_map(resize, examples)
+    return resized
 
 
 def _require_single_file(network: nn.Module) -> None:
@@ -212,6 +209,7 @@ def _convert(
                 optimize=optimize,
             )
     except Exception as error:
+        _run(network, rows)  # what it says, if anything, is plainer
         raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
     if program is None:
         raise ExportError(f"{_refusal(network)}: torch's exporter returned nothing. {_ADVICE}")
@@ -224,9 +222,7 @@ def _convert(
 def _forget_sources(part: onnx.GraphProto | onnx.FunctionProto) -> None:
     """Take the lines of the user's source code, and where they stood on this machine, off every node."""
     for node in part.node:
-        kept = [
-            entry for entry in node.metadata_props if entry.key == "namespace"
-        ]  # what viewers group nodes by
+        kept = [x for x in node.metadata_props if x.key == "namespace"]  # what viewers group nodes by
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
         for attribute in node.attribute:
@@ -274,8 +270,7 @@ def _compare(
         ParityError: They disagree in number, shape or value of their outputs.
         ExportError: One of the two cannot run.
     """
-    values = examples.values() if isinstance(examples, dict) else examples
-    session = _open(path, half=any(x.dtype == torch.float16 for x in values))
+    session = _open(path, half=any(x.dtype == torch.float16 for x in pytree.tree_leaves(examples)))
     worst, scale, half = 0.0, 1.0, False
     for batch in BATCH_SIZES:
         expected, actual = _outputs(network, session, _resized(examples, batch, seed=batch))
@@ -316,11 +311,10 @@ def _outputs(
 ) -> tuple[list[Array], list[Array]]:
     """The flattened outputs of the network and of the file."""
     expected = [x.numpy() for x in _run(network, rows)]
-    values = (
-        rows if not isinstance(rows, dict) else [rows[x.name] for x in session.get_inputs() if x.name in rows]
-    )
+    if isinstance(rows, dict):
+        rows = [rows[entry.name] for entry in session.get_inputs() if entry.name in rows]
     try:
-        return expected, serving.run(session, values)
+        return expected, serving.run(session, rows)
     except MeasurementError as error:
         raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
 
@@ -331,7 +325,7 @@ def _run(network: nn.Module, rows: Inputs) -> list[Tensor]:
         with torch.no_grad():
             result = network(**rows) if isinstance(rows, dict) else network(*rows)
     except Exception as error:  # the user's network may raise anything
-        batch = len(next(iter(rows.values() if isinstance(rows, dict) else rows)))
+        batch = len(pytree.tree_leaves(rows)[0])
         raise ExportError(
             f"{_refusal(network)}: it fails at batch size {batch}: {innermost(error)}. {_ADVICE}"
         ) from error
