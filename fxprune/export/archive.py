@@ -58,22 +58,8 @@ _METHODS = frozenset({"size", "stride", "storage_offset", "dim", "numel"})
 _CONSTANTS = frozenset({"math.inf", "math.nan"})
 # Bytes that a zip archive may take in memory for each of its own.
 _GROWTH = 4
-_EXPRESSION_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.Subscript,
-    ast.Name,
-    ast.keyword,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
-    ast.Tuple,
-)
+_OPERATIONS = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.Tuple)
+_TERMS = (ast.Name, ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 
 
 def require_harmless(archive: bytes, path: str) -> None:
@@ -211,7 +197,7 @@ def _plain_node(node: ast.AST) -> bool:
         )
     if isinstance(node, ast.Attribute):
         return node.attr in _METHODS or ast.unparse(node) in _CONSTANTS
-    return isinstance(node, _EXPRESSION_NODES) and not (isinstance(node, ast.Name) and "__" in node.id)
+    return isinstance(node, _OPERATIONS + _TERMS) and not (isinstance(node, ast.Name) and "__" in node.id)
 
 
 def _plain_structure(spec: Any) -> bool:
