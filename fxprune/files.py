@@ -7,16 +7,28 @@ import errno
 import json
 import logging
 import os
-import tempfile
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fxprune.errors import ArtifactError
 
-__all__ = ["check_writable", "replacing", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+__all__ = [
+    "check_writable",
+    "remove_leftovers",
+    "replacing",
+    "write_bytes_atomic",
+    "write_json_atomic",
+    "write_text_atomic",
+]
 
 _logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\..+-(\d+)-[0-9a-f]{8}(\.\w+)?")
+# So long after the last change to it a temporary is nobody's: if its process does not run here, and in any case.
+_IDLE_S, _ABANDONED_S = 60.0, 24 * 3600.0
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
@@ -28,12 +40,42 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target, prefix=".probe-") as probe:
-            probe.write(b"fxprune")
-            probe.flush()
+        probe = _temporary(target / "probe")
+        try:
+            probe.write_bytes(b"fxprune")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
+    remove_leftovers(target)
     return target
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.stem}-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporaries of runs that were killed; one that another process, or machine, may be at stays."""
+    for path in Path(folder).glob(".*"):
+        if found := _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                idle = time.time() - path.stat().st_mtime
+                if idle > (_ABANDONED_S if _runs(int(found[1])) else _IDLE_S):
+                    path.unlink()
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process may be running on this machine."""
+    if os.name == "nt":
+        return True  # there, the call below would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -44,7 +86,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ArtifactError: The folder does not exist or cannot be written, or the disk is full.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
+    temporary = _temporary(target)
     try:
         yield temporary
         os.replace(temporary, target)

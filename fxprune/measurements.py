@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Interval", "Latency", "LatencyComparison", "NotMeasured"]
+__all__ = ["Interval", "Latency", "LatencyComparison"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +104,3 @@ class LatencyComparison:
     def distinguishable(self) -> bool:
         """Whether the candidate is faster beyond the noise: the whole interval lies below 1."""
         return self.interval.high < 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class NotMeasured:
-    """A figure that could not be had on this machine, and why; never replaced by another device's.
-
-    Attributes:
-        backend: The backend that was asked for.
-        reason: What was missing, in words.
-    """
-
-    backend: str
-    reason: str

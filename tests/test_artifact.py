@@ -5,18 +5,25 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import pickle
+import random
+import re
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from fxprune import files
 from fxprune.errors import ArtifactError
 from fxprune.export import artifact
 
@@ -116,6 +123,15 @@ def test_a_network_of_torch_export_round_trips(kept: tuple[nn.Module, Path], tmp
     torch.testing.assert_close(artifact.load(tmp_path)(x), again(x))
 
 
+def test_a_loaded_network_takes_either_mode_and_computes_the_same(kept: tuple[nn.Module, Path]) -> None:
+    """`torch.export` hangs methods that raise over both."""
+    network = artifact.load(kept[1])
+    assert not any(module.training for module in network.modules())
+    x = torch.randn(3, 3, 6, 6)
+    assert torch.equal(network.train()(x), network.eval()(x))
+    assert not network.training
+
+
 def test_an_archive_with_sample_inputs_and_guards_is_accepted(tmp_path: Path) -> None:
     class Guarded(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -208,6 +224,117 @@ def test_missing_and_damaged_archives_are_named(kept: tuple[nn.Module, Path], tm
         artifact.load(tmp_path / "half.pt2")
 
 
+def test_one_flipped_bit_is_found(kept: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    for name in ("model.pt2", "model.safetensors"):
+        data = bytearray((kept[1] / name).read_bytes())
+        weight = kept[0].get_parameter("first.weight").detach().numpy().tobytes()
+        data[data.find(weight) + len(weight) // 2 + 3] ^= 0x40
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"entry 'data/weights/weight_\d+' is damaged.*write it again"):
+        artifact.load(tmp_path)
+    with pytest.raises(ArtifactError, match=r"is damaged.*checksum"):
+        artifact.load_state(tmp_path / "model.safetensors")
+
+
+def test_weights_of_other_programs_carry_no_checksum_and_are_read(tmp_path: Path) -> None:
+    state = {"x": torch.arange(3.0)}
+    for metadata in (None, {"format": "pt"}):
+        save_file(state, tmp_path / "x.safetensors", metadata)
+        assert torch.equal(artifact.load_state(tmp_path / "x.safetensors")["x"], state["x"])
+
+
+def bombed(data: bytes) -> bytes:
+    """The archive with one more entry, of a size that its own file hides."""
+    buffer = io.BytesIO(data)
+    root = zipfile.ZipFile(buffer).namelist()[0].split("/")[0]
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{root}/extra/blanks", bytes(10 * len(data)))
+    return buffer.getvalue()
+
+
+def test_zip_bombs_are_refused_before_they_are_unpacked(
+    kept: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(Tied().state_dict(), buffer)
+    (tmp_path / "x.pt").write_bytes(bombed(buffer.getvalue()))
+    (tmp_path / "x.pt2").write_bytes(bombed((kept[1] / "model.pt2").read_bytes()))
+    tampered(kept[1] / "model.pt2", tmp_path / "y.pt2", {"data/weights/model.pt": bombed(buffer.getvalue())})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "PyTorchFileReader", None)  # nothing may be read yet
+        with pytest.raises(ArtifactError, match="zip bomb"):
+            artifact.load(tmp_path / "x.pt2")
+        with pytest.raises(ArtifactError, match="zip bomb"):
+            artifact.load_state(tmp_path / "x.pt")
+    with pytest.raises(ArtifactError, match=r"pickle 'data/weights/model.pt' is unsafe \(a zip bomb"):
+        artifact.load(tmp_path / "y.pt2")
+
+
+_GRAPH, _TABLE = "models/model.json", "data/weights/model_weights_config.json"
+
+
+@pytest.mark.parametrize(
+    ("entry", "content"),
+    [
+        (_GRAPH, b"{not json"),
+        (_GRAPH, b"\xff\xfe\x00"),
+        (_GRAPH, b"[" * 200_000),
+        (_GRAPH, b"[]"),
+        (_GRAPH, b'{"in_spec": "nope"}'),
+        (_TABLE, b"nope"),
+        (_TABLE, b"{}"),
+        (_TABLE, b'{"config": [1]}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": false}}}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": true, "path_name": "weight_99"}}}'),
+        (_TABLE, b'{"config": {"a": {"use_pickle": false, "path_name": 7}}}'),
+        ("data/constants/model_constants_config.json", b"[]"),
+    ],
+)
+def test_malformed_archives_are_named(
+    kept: tuple[nn.Module, Path], tmp_path: Path, entry: str, content: bytes
+) -> None:
+    bad = tampered(kept[1] / "model.pt2", tmp_path / "bad.pt2", {entry: content})
+    with pytest.raises(ArtifactError, match=r"bad\.pt2"):
+        artifact.load(bad)
+
+
+def test_an_unknown_operator_is_named_in_one_line(
+    kept: tuple[nn.Module, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = tampered(
+        kept[1] / "model.pt2", tmp_path / "bad.pt2", in_graph("aten.linear.default", "aten.nosuch.default")
+    )
+    with pytest.raises(ArtifactError, match=r"aten\.nosuch\.default") as caught:
+        artifact.load(bad)
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_torch_logs_while_it_reads_is_kept_away(
+    kept: tuple[nn.Module, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(dict(kept[0].state_dict()), buffer)  # where torch 2.8 put it; newer ones warn
+    tampered(kept[1] / "model.pt2", tmp_path / "old.pt2", {"data/weights/model.pt": buffer.getvalue()})
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(artifact.load(tmp_path / "old.pt2")(x), kept[0](x), rtol=0, atol=1e-6)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
+    rows = torch.export.Dim.AUTO
+    program = torch.export.export(Tied().eval(), (torch.randn(2, 3, 6, 6),), dynamic_shapes=({0: rows},))
+    for network in (symbolic_trace(Tied()), program.module()):
+        artifact.save(network, tmp_path, example_inputs=[torch.randn(2, 3, 6, 6)])
+        for path in tmp_path.iterdir():
+            for secret in (str(Path(__file__).parent), str(Path(torch.__file__).parent), "self.first(x)"):
+                assert secret.encode() not in path.read_bytes()
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
 )
@@ -225,7 +352,7 @@ def test_checkpoints_are_read_with_tensors_only(
 def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path: Path, legacy: bool) -> None:
     sprung = tmp_path / "sprung"
     torch.save({"x": Trap(sprung)}, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ArtifactError, match=r"refused.*convert it once"):
+    with pytest.raises(ArtifactError, match=r"refused.*mkdir.*if you trust.*convert it once, which runs"):
         artifact.load_state(tmp_path / "bad.pth")
     assert not sprung.exists()
 
@@ -244,6 +371,14 @@ def test_garbage_is_no_checkpoint(tmp_path: Path, name: str, content: bytes) -> 
         artifact.load_state(tmp_path / name)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_are_damage_and_nothing_to_trust(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "x.pt").write_bytes(random.Random(seed).randbytes(1000))
+    with pytest.raises(ArtifactError, match="damaged or no torch checkpoint") as caught:
+        artifact.load_state(tmp_path / "x.pt")
+    assert not re.search(r"weights_only|trust", str(caught.value))
+
+
 def test_a_truncated_checkpoint_is_damaged(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(Tied().state_dict(), buffer)
@@ -259,8 +394,8 @@ def test_a_checkpoint_without_weights_says_so(tmp_path: Path) -> None:
 
 
 def test_json_and_text_are_written_whole(tmp_path: Path) -> None:
-    artifact.write_json_atomic(tmp_path / "a.json", {"k": [1, 2]})
-    artifact.write_text_atomic(tmp_path / "a.txt", "äöü\n")
+    files.write_json_atomic(tmp_path / "a.json", {"k": [1, 2]})
+    files.write_text_atomic(tmp_path / "a.txt", "äöü\n")
     assert json.loads((tmp_path / "a.json").read_text()) == {"k": [1, 2]}
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "äöü\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.txt"]
@@ -269,7 +404,7 @@ def test_json_and_text_are_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), object()])
 def test_what_json_cannot_say_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(ArtifactError, match=r"a\.json"):
-        artifact.write_json_atomic(tmp_path / "a.json", {"x": value})
+        files.write_json_atomic(tmp_path / "a.json", {"x": value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +414,7 @@ def test_what_json_cannot_say_is_refused(tmp_path: Path, value: object) -> None:
 def test_an_interrupted_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    artifact.write_text_atomic(tmp_path / "a.txt", "old")
+    files.write_text_atomic(tmp_path / "a.txt", "old")
 
     def half(path: Path, data: bytes) -> int:
         with path.open("wb") as stream:
@@ -288,23 +423,42 @@ def test_an_interrupted_write_leaves_the_old_file(
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises((KeyboardInterrupt, ArtifactError), match=r"disk is full|by the user"):
-        artifact.write_text_atomic(tmp_path / "a.txt", "new")
+        files.write_text_atomic(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_check_writable_creates_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert artifact.check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert files.check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    day, minute = 25 * 3600, 2 * 60
+    gone = {f".model-{ended.pid}-0123abcd.onnx": minute, f".probe-{os.getpid()}-0123abcd": day}
+    kept = {
+        f".model-{ended.pid}-4567abcd.onnx": 0,  # a process of another machine may be at it
+        f".model-{os.getpid()}-0123abcd.onnx": minute,
+        f"model-{ended.pid}-0123abcd.onnx": day,
+        f".model-{ended.pid}-other.onnx": day,
+        ".hidden": day,
+    }
+    for name, age in (gone | kept).items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    files.check_writable(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArtifactError, match="cannot be written"):
-            artifact.check_writable(folder)
+            files.check_writable(folder)
     with pytest.raises(ArtifactError, match="cannot be written"):
-        artifact.write_text_atomic(tmp_path / "missing" / "a.txt", "x")
+        files.write_text_atomic(tmp_path / "missing" / "a.txt", "x")
 
 
 def test_a_network_that_export_cannot_capture_is_not_kept(tmp_path: Path) -> None:

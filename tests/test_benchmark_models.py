@@ -19,8 +19,8 @@ from benchmarks.common.result_file import ResultFile
 from benchmarks.models.blocks import surviving
 from benchmarks.models.cifar_resnet import CifarResNet, resnet, resnet20, resnet56
 from benchmarks.models.mobilenet_v2 import MobileNetV2
+from fxprune import files
 from fxprune.errors import ArtifactError, CalibrationError, OptionError, PostconditionError, SourceError
-from fxprune.export import artifact
 from fxprune.options import RECIPES
 
 
@@ -209,7 +209,7 @@ def test_result_file_is_whole_or_absent(results: Path, monkeypatch: pytest.Monke
     with pytest.raises(TypeError):
         kept.put("figure", object())
 
-    monkeypatch.setattr(artifact.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(ArtifactError, match="disk is full"):
         kept.put("figure", 2.5)
     assert [path.name for path in kept.file.parent.iterdir()] == ["x.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from torchvision.models import VisionTransformer
 
 from fxprune.errors import ExportError, OptionError, ParityError
 from fxprune.export import onnx_file, serving
-from fxprune.export.artifact import frozen_copy
 from fxprune.export.attention import FourDimensionalAttention
+from fxprune.graph.evaluation import evaluation_copy
 
 
 class Small(nn.Module):
@@ -86,7 +87,7 @@ def test_the_file_equals_the_network_at_every_batch_size(
     assert record.inputs == tuple(entry.name for entry in proto.graph.input)
     session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
     x = torch.randn(7, 3, 8, 8)
-    network = frozen_copy(model, "cpu")
+    network = evaluation_copy(model).requires_grad_(False)
     np.testing.assert_allclose(serving.run(session, [x])[0], network(x).numpy(), atol=1e-5)
 
 
@@ -187,7 +188,7 @@ def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_pat
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, onnx_file._wellformed(onnx_file.frozen_copy(model, "cpu"), [torch.randn(3, 3)], None, False)
+    return model, onnx_file._wellformed(evaluation_copy(model), [torch.randn(3, 3)], None, False)
 
 
 @pytest.fixture
@@ -245,6 +246,66 @@ def test_an_interruption_leaves_no_file(
     with pytest.raises((KeyboardInterrupt, ExportError), match=r"by the user|disk is full"):
         onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [7, 17, 999])
+def test_an_opset_that_cannot_be_had_is_refused(
+    tmp_path: Path, opset: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExportError, match=rf"opset={opset} was asked for.*Small in opset \d+"):
+        onnx_file.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], opset=opset)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_opset_is_obeyed(tmp_path: Path) -> None:
+    record = onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)], opset=19)
+    assert record.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 19
+
+
+def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
+    onnx_file.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], verify=False)
+    data = (tmp_path / "m.onnx").read_bytes()
+    for secret in (str(Path(__file__).parent), str(Path(torch.__file__).parent), "self.block(x)"):
+        assert secret.encode() not in data
+
+
+def test_nodes_inside_of_branches_forget_their_sources_too() -> None:
+    inner = onnx.helper.make_node("Relu", ["x"], ["y"])
+    outer = onnx.helper.make_node(
+        "If", ["c"], ["y"], then_branch=onnx.helper.make_graph([inner], "g", [], [])
+    )
+    graph = onnx.helper.make_graph([outer], "g", [], [])
+    inner = graph.node[0].attribute[0].g.node[0]
+    for node in (graph.node[0], inner):
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="secret")
+        node.metadata_props.add(key="namespace", value="blocks.0")
+    onnx_file._forget_sources(graph)
+    assert b"secret" not in graph.SerializeToString()
+    assert [entry.value for entry in inner.metadata_props] == ["blocks.0"]
+
+
+def test_what_a_killed_export_left_behind_goes(tmp_path: Path, converted: nn.Module) -> None:
+    left = tmp_path / ".m-1-0123abcd.onnx"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+class Counts(nn.Module):
+    def __init__(self, count: Any) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Any:
+        return {"doubled": 2 * x, "count": x.shape[0] if self.count is None else self.count}
+
+
+@pytest.mark.parametrize(("count", "kind"), [(3, "int"), (True, "bool"), (None, "int")])
+def test_an_output_that_is_no_tensor_is_named(tmp_path: Path, count: Any, kind: str) -> None:
+    with pytest.raises(ExportError, match=f"output holds a value of type {kind}.*returns its tensors"):
+        onnx_file.export_onnx(Counts(count), tmp_path / "m.onnx", [torch.randn(2, 3)])
 
 
 class FixedBatch(nn.Module):

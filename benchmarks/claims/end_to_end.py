@@ -23,7 +23,6 @@ import fxprune
 from benchmarks.common import networks, options
 from benchmarks.common.result_file import ResultFile
 from benchmarks.common.tables import print_rows
-from fxprune.measurements import LatencyComparison
 from fxprune.options import RECIPES, Recipe
 from fxprune.processes.threads import using_threads
 from fxprune.timing.environment import peak_memory
@@ -165,7 +164,7 @@ def run(case: Case) -> dict[str, Any]:
         "durations": dict(report.durations),
         "chosen": list(report.plan.chosen),
         "regions": len(report.plan.scores),
-        "latency_ratio": report.latency.ratio if isinstance(report.latency, LatencyComparison) else None,
+        "latency_ratio": report.latency.ratio,
         "peak_bytes": peak_memory(case.device),
         "process_bytes_before": before,
         "process_bytes": peak_memory("cpu"),

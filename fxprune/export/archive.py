@@ -1,6 +1,6 @@
 """Whether a `.pt2` archive may be opened: reading one can run code, so every part of it is looked at first.
 
-`torch.export.load` (2.9 to 2.15) trusts its input in five ways, and each is closed here before it is called:
+torch (2.9 to 2.15) trusts such a file in five ways, and each is closed here before it is read:
 
 1. pickled weights, constants, sample inputs are unpickled with `weights_only=False`, some as a fallback;
 2. `custom_obj_*`, `opaque_obj_*` and `aotinductor/` entries hold pickles and shared libraries by design;
@@ -16,14 +16,16 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from fxprune.errors import ArtifactError
+from fxprune.export.messages import innermost
 
-__all__ = ["require_harmless"]
+__all__ = ["require_compact", "require_harmless"]
 
 _ENTRY = re.compile(
     r"\.?data/(version|serialization_id)|byteorder|archive_(format|version)|\.format_version|\.storage_alignment"
@@ -54,22 +56,10 @@ _FUNCTION = re.compile(
 )
 _METHODS = frozenset({"size", "stride", "storage_offset", "dim", "numel"})
 _CONSTANTS = frozenset({"math.inf", "math.nan"})
-_EXPRESSION_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.Subscript,
-    ast.Name,
-    ast.keyword,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
-    ast.Tuple,
-)
+# Bytes that a zip archive may take in memory for each of its own.
+_GROWTH = 4
+_OPERATIONS = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.Tuple)
+_TERMS = (ast.Name, ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 
 
 def require_harmless(archive: bytes, path: str) -> None:
@@ -80,27 +70,53 @@ def require_harmless(archive: bytes, path: str) -> None:
         path: Where it came from, for messages.
 
     Raises:
-        ArtifactError: The archive is damaged, of an older format, or not provably harmless.
+        ArtifactError: The archive is damaged, a zip bomb, of an older format, or not provably harmless.
     """
     try:
-        outer = zipfile.ZipFile(io.BytesIO(archive)).namelist()
-        # The reader that torch.export.load uses, so that both see the same entries.
-        reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
-        entries: list[str] = reader.get_all_records()
-    except (zipfile.BadZipFile, RuntimeError) as error:
+        finding = _refusal(archive)
+    except Exception as error:  # malformed in one of countless ways, from its directory to its JSON
         raise ArtifactError(
-            f"{path} is not a readable .pt2 archive ({str(error).splitlines()[0]}): "
-            "write it again with torch.export.save"
+            f"{path} is not a readable .pt2 archive ({innermost(error)}): write it again with torch.export.save"
         ) from error
-    if "version" in outer or "models/model.json" not in entries:
-        raise ArtifactError(
-            f"{path} is no exported network of torch 2.8 or newer: write it again with torch.export.save"
-        )
-    for finding in _findings(entries, reader.get_record):
+    if finding:
         raise ArtifactError(
             f"{path} was refused: {finding}, and opening it could run code from the file. Give the network "
             "as FILE.py:FACTORY with its weights as .safetensors, or export it again without custom objects"
         )
+
+
+def require_compact(data: bytes) -> None:
+    """Refuse a zip archive that unpacks to several times its size; what torch writes is not compressed.
+
+    Raises:
+        ArtifactError: It does.
+    """
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _GROWTH * len(data):
+            raise ArtifactError(f"a zip bomb: {len(data)} bytes unpack to {size}")
+
+
+def _refusal(archive: bytes) -> str:
+    """What is not provably harmless, in words, or nothing.
+
+    Raises:
+        ArtifactError: The archive is damaged.
+        Exception: It is malformed.
+    """
+    require_compact(archive)
+    with zipfile.ZipFile(io.BytesIO(archive)) as directory:
+        checksums = {entry.filename.partition("/")[2]: entry.CRC for entry in directory.infolist()}
+    # The reader that torch uses, so that both see the same entries; it checks no checksums.
+    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    entries: list[str] = reader.get_all_records()
+    for entry in entries:
+        if zlib.crc32(reader.get_record(entry)) != checksums[entry]:
+            raise ArtifactError(f"the entry {entry!r} is damaged")
+    if "models/model.json" not in entries:
+        raise ArtifactError("it is no exported network of torch 2.8 or newer")
+    return next(_findings(entries, reader.get_record), "")
 
 
 def _findings(entries: list[str], read: Callable[[str], bytes]) -> Iterator[str]:
@@ -130,9 +146,10 @@ def _pickle_reason(data: bytes) -> str:
     if not data:
         return ""
     try:
+        require_compact(data)
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever goes wrong, torch would go on to unpickle everything
-        return str(error).splitlines()[0] or type(error).__name__
+        return innermost(error.__context__ or error)  # torch hides the cause behind its advice
     return ""
 
 
@@ -165,7 +182,7 @@ def _plain_expression(text: str) -> bool:
     """Whether `text` is arithmetic over sizes: the known functions, names and numbers, nothing else."""
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return all(_plain_node(node) for node in ast.walk(tree))
 
@@ -180,7 +197,7 @@ def _plain_node(node: ast.AST) -> bool:
         )
     if isinstance(node, ast.Attribute):
         return node.attr in _METHODS or ast.unparse(node) in _CONSTANTS
-    return isinstance(node, _EXPRESSION_NODES) and not (isinstance(node, ast.Name) and "__" in node.id)
+    return isinstance(node, _OPERATIONS + _TERMS) and not (isinstance(node, ast.Name) and "__" in node.id)
 
 
 def _plain_structure(spec: Any) -> bool:

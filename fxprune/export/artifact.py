@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import io
+import json
 import os
 import pickle
-import warnings
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,35 +19,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxprune.errors import ArtifactError
-from fxprune.export.archive import require_harmless
-from fxprune.files import check_writable, replacing, write_bytes_atomic, write_json_atomic, write_text_atomic
+from fxprune.export.archive import require_compact, require_harmless
+from fxprune.export.messages import innermost, quiet
+from fxprune.files import check_writable, write_bytes_atomic
+from fxprune.graph.evaluation import evaluation_copy, to_evaluation
 
-__all__ = [
-    "check_writable",
-    "frozen_copy",
-    "load",
-    "load_state",
-    "replacing",
-    "save",
-    "write_json_atomic",
-    "write_text_atomic",
-]
+__all__ = ["load", "load_state", "save"]
 
 # Where training scripts put the weights inside a larger checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+_SEAL, _BLANK = "fxprune_sha256", b"0" * 64
+# What torch calls a class or function that it refuses to look up; not the noise that random bytes make of a name.
+_GLOBAL = re.compile(r"GLOBAL ([A-Za-z_]\w*(?:\.\w+)+)")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def frozen_copy(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """Return a deep copy of `model` in evaluation mode on `device`; the original is left as it is."""
-    duplicate = copy.deepcopy(model)
-    try:
-        duplicate.eval()
-    except NotImplementedError:
-        # Graphs of torch.export refuse eval(): their operators carry the mode as a constant already.
-        for module in duplicate.modules():
-            module.training = False
-    return duplicate.requires_grad_(False).to(device)
 
 
 def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor]) -> None:
@@ -63,7 +48,8 @@ def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Seque
         ArtifactError: The network cannot be captured by `torch.export`, or the folder cannot be written.
     """
     target = check_writable(folder)
-    network = frozen_copy(gm, "cpu")
+    network = evaluation_copy(gm).requires_grad_(False).cpu()
+    write_bytes_atomic(target / "model.safetensors", _sealed(network.state_dict()))
     # Two rows at least: torch.export takes a dimension of size 1 for a constant.
     rows = tuple(x.detach().cpu().repeat(2, *[1] * (x.dim() - 1)) for x in example_inputs)
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in rows)
@@ -71,14 +57,22 @@ def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Seque
     try:
         program = torch.export.export(network, rows, dynamic_shapes=shapes)
         program.example_inputs = None  # the calibration images are the user's own, and no part of the network
+        _forget_sources(program)
         torch.export.save(program, buffer)
     except Exception as error:
         raise ArtifactError(
-            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {error}. "
-            "Write it with export_onnx instead, or keep its state_dict"
+            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {error}. Its weights are "
+            "in model.safetensors; write it with export_onnx instead"
         ) from error
     write_bytes_atomic(target / "model.pt2", buffer.getvalue())
-    write_bytes_atomic(target / "model.safetensors", safetensors.torch.save(_unshared(network.state_dict())))
+
+
+def _forget_sources(program: torch.export.ExportedProgram) -> None:
+    """Take the lines of the user's source code, and where they stood on this machine, off every node."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            for key in ("stack_trace", "source_fn_stack", "from_node"):
+                node.meta.pop(key, None)
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:
@@ -96,14 +90,14 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     archive = _read_bytes(source)
     require_harmless(archive, str(source))
     try:
-        with warnings.catch_warnings():  # torch 2.9 reads weights from a buffer that it then never writes to
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            module = torch.export.load(io.BytesIO(archive)).module()
+        with quiet():
+            from torch.export.pt2_archive._package import load_pt2  # takes a second to import
+
+            # torch.export.load would log what this raises, and go on to read the file in an older format
+            return to_evaluation(load_pt2(io.BytesIO(archive)).exported_programs["model"].module())
     except Exception as error:
-        raise ArtifactError(f"{source} cannot be read as an exported network: {error}") from error
-    if not isinstance(module, GraphModule):
-        raise ArtifactError(f"{source} holds a {type(module).__name__}, not a graph: export it again")
-    return module
+        cause, *_ = innermost(error).partition(". ")
+        raise ArtifactError(f"{source} cannot be read as an exported network: {cause}") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -118,7 +112,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = Path(path)
     if source.suffix == ".safetensors":
         try:
-            return dict(safetensors.torch.load(_read_bytes(source)))
+            return _unsealed(_read_bytes(source))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ArtifactError(f"{source} is damaged or no safetensors file: {error}") from error
     if source.suffix not in _PICKLE_SUFFIXES:
@@ -139,28 +133,35 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _load_pickle(source: Path) -> Any:
     data = _read_bytes(source)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+        require_compact(data)
+        with quiet():
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # random bytes, read as a pickle, raise anything
+        if isinstance(error, pickle.UnpicklingError) and (found := _GLOBAL.search(str(error))):
             raise ArtifactError(
-                f"{source} was refused: reading it would run code from the file ({_gist(error)}). If you "
-                "trust where it came from, convert it once: safetensors.torch.save_file("
-                "torch.load(PATH, weights_only=False).state_dict(), 'weights.safetensors')"
+                f"{source} was refused: reading it would run code from the file ({found[1]}). Only if you trust "
+                "whoever wrote it with everything on this machine, convert it once, which runs that code: "
+                "safetensors.torch.save_file(torch.load(PATH, weights_only=False).state_dict(), 'weights.safetensors')"
             ) from error
-        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {_gist(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {_gist(error)}") from error
+        cause = innermost(error.__context__ or error)  # torch hides it behind its advice
+        raise ArtifactError(f"{source} is damaged or no torch checkpoint: {cause}") from error
 
 
-def _gist(error: Exception) -> str:
-    """The line of torch's long message that names the cause."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
+def _sealed(state: dict[str, Any]) -> bytes:
+    """The tensors of a state dict as a safetensors file whose header holds the SHA-256 of the file without it."""
+    own = {name: x.detach().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+    data = safetensors.torch.save(own, {_SEAL: _BLANK.decode()})
+    return data.replace(_BLANK, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def _unshared(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, each with memory of its own, as safetensors requires."""
-    return {name: x.detach().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+def _unsealed(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a `ValueError` where it has a checksum, and another one."""
+    state = dict(safetensors.torch.load(data))
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    seal = (header.get("__metadata__") or {}).get(_SEAL)
+    if seal is not None and hashlib.sha256(data.replace(seal.encode(), _BLANK, 1)).hexdigest() != seal:
+        raise ValueError("its checksum is another one")
+    return state
 
 
 def _read_bytes(source: Path) -> bytes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -22,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ArtifactError, ExportError, MeasurementError, OptionError, ParityError
 from fxprune.export import serving
-from fxprune.export.artifact import frozen_copy, replacing
 from fxprune.export.attention import FourDimensionalAttention
+from fxprune.export.messages import innermost, quiet
+from fxprune.files import remove_leftovers, replacing
+from fxprune.graph.evaluation import evaluation_copy
 
 __all__ = ["ExportRecord", "export_onnx"]
 
@@ -41,12 +41,6 @@ _TOLERANCE_HALF = 5e-3
 _ADVICE = (
     "Look for sizes written as constants (x.view(1, -1): use x.flatten(1)), for graphs that torch.export "
     "captured with a fixed batch (capture them with a dynamic one), and for operators that ONNX lacks"
-)
-# What torch's exporter tells its own developers; nothing here is for the user to act on.
-_KNOWN_WARNINGS = (
-    (UserWarning, r".*The axis name: .* will not be used"),  # several inputs share the batch dimension
-    (DeprecationWarning, r".*"),  # of torch, onnxscript and their dependencies among themselves
-    (FutureWarning, r".*"),
 )
 
 
@@ -98,16 +92,24 @@ def export_onnx(
         dynamic_image_size: Leave height and width of every four-dimensional input free as well.
 
     Raises:
-        ExportError: The network has no ONNX form with a free batch size, exceeds 2 GB, or cannot be written.
+        ExportError: The network has no ONNX form with a free batch size, or none in the opset that was asked for;
+            it exceeds 2 GB, returns something else than tensors, or cannot be written.
         ParityError: onnxruntime computes something else than torch; no file is left.
         OptionError: An input lacks a batch dimension, batch sizes differ, or the tolerance is negative.
     """
     examples = _validated(example_inputs, tolerance)
-    network = frozen_copy(model, "cpu")
+    network = evaluation_copy(model).requires_grad_(False).cpu()
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
     proto = _wellformed(network, rows, opset, dynamic_image_size)
     _require_free_batch(proto, network)
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset not in (None, written):
+        raise ExportError(
+            f"opset={opset} was asked for, and torch's exporter can write {type(network).__name__} in opset {written} "
+            "and not convert it: give that, or leave opset out"
+        )
+    remove_leftovers(Path(path).parent)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(proto.SerializeToString())
@@ -120,7 +122,7 @@ def export_onnx(
     _logger.info("wrote %s: %d bytes, largest difference %.3g of %.3g", path, size, diff, accepted)
     return ExportRecord(
         path=os.fspath(path),
-        opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=written,
         inputs=tuple(entry.name for entry in proto.graph.input),
         outputs=tuple(entry.name for entry in proto.graph.output),
         batch_sizes=BATCH_SIZES if verify else (),
@@ -134,7 +136,7 @@ def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
     """The inputs on the CPU, detached, in a container of their own."""
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance={tolerance}: give an absolute difference of 0 or more, or None")
-    values = list(example_inputs.values()) if isinstance(example_inputs, dict) else list(example_inputs)
+    values = pytree.tree_leaves(example_inputs)
     if not values or any(not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0 for x in values):
         raise OptionError(
             "example_inputs must be one or more tensors, each with a batch dimension that is not empty"
@@ -143,9 +145,8 @@ def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
         raise OptionError(
             f"the inputs' batch sizes differ: {[tuple(x.shape) for x in values]}; dimension 0 is the batch"
         )
-    if isinstance(example_inputs, dict):
-        return {name: x.detach().cpu() for name, x in example_inputs.items()}
-    return [x.detach().cpu() for x in example_inputs]
+    own: Inputs = pytree.tree_map(lambda x: x.detach().cpu(), example_inputs)
+    return own
 
 
 def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
@@ -160,9 +161,8 @@ def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
             rows += 0.01 * rows.std(correction=0) * noise
         return rows
 
-    if isinstance(examples, dict):
-        return {name: resize(x) for name, x in examples.items()}
-    return [resize(x) for x in examples]
+    resized: Inputs = pytree.tree_map(resize, examples)
+    return resized
 
 
 def _require_single_file(network: nn.Module) -> None:
@@ -197,7 +197,7 @@ def _convert(
     """Capture the network with torch's exporter; anything that it cannot do becomes an `ExportError`."""
     args, kwargs = ((), rows) if isinstance(rows, dict) else (tuple(rows), None)
     try:
-        with _quiet(), FourDimensionalAttention():
+        with quiet(), FourDimensionalAttention():
             program = torch.onnx.export(
                 network,
                 args=args,
@@ -209,10 +209,25 @@ def _convert(
                 optimize=optimize,
             )
     except Exception as error:
-        raise ExportError(f"{_refusal(network)}: {_innermost(error)}. {_ADVICE}") from error
+        _run(network, rows)  # what it says, if anything, is plainer
+        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
     if program is None:
         raise ExportError(f"{_refusal(network)}: torch's exporter returned nothing. {_ADVICE}")
-    return program.model_proto
+    proto = program.model_proto
+    for part in (proto.graph, *proto.functions):
+        _forget_sources(part)
+    return proto
+
+
+def _forget_sources(part: onnx.GraphProto | onnx.FunctionProto) -> None:
+    """Take the lines of the user's source code, and where they stood on this machine, off every node."""
+    for node in part.node:
+        kept = [x for x in node.metadata_props if x.key == "namespace"]  # what viewers group nodes by
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _forget_sources(inner)
 
 
 def _free_dimensions(
@@ -255,8 +270,7 @@ def _compare(
         ParityError: They disagree in number, shape or value of their outputs.
         ExportError: One of the two cannot run.
     """
-    values = examples.values() if isinstance(examples, dict) else examples
-    session = _open(path, half=any(x.dtype == torch.float16 for x in values))
+    session = _open(path, half=any(x.dtype == torch.float16 for x in pytree.tree_leaves(examples)))
     worst, scale, half = 0.0, 1.0, False
     for batch in BATCH_SIZES:
         expected, actual = _outputs(network, session, _resized(examples, batch, seed=batch))
@@ -296,43 +310,34 @@ def _outputs(
     network: nn.Module, session: ort.InferenceSession, rows: Inputs
 ) -> tuple[list[Array], list[Array]]:
     """The flattened outputs of the network and of the file."""
-    values = list(rows.values()) if isinstance(rows, dict) else list(rows)
-    batch = values[0].shape[0]
+    expected = [x.numpy() for x in _run(network, rows)]
     if isinstance(rows, dict):
-        values = [rows[entry.name] for entry in session.get_inputs() if entry.name in rows]
+        rows = [rows[entry.name] for entry in session.get_inputs() if entry.name in rows]
+    try:
+        return expected, serving.run(session, rows)
+    except MeasurementError as error:
+        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
+
+
+def _run(network: nn.Module, rows: Inputs) -> list[Tensor]:
+    """The tensors that the network returns; an `ExportError` where it fails, or returns what ONNX cannot."""
     try:
         with torch.no_grad():
             result = network(**rows) if isinstance(rows, dict) else network(*rows)
-        found = serving.run(session, values)
     except Exception as error:  # the user's network may raise anything
+        batch = len(pytree.tree_leaves(rows)[0])
         raise ExportError(
-            f"{_refusal(network)}: it fails at batch size {batch}: {_innermost(error)}. {_ADVICE}"
+            f"{_refusal(network)}: it fails at batch size {batch}: {innermost(error)}. {_ADVICE}"
         ) from error
-    return [x.numpy() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)], found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch's exporter tells its own developers away from the user."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category, message in _KNOWN_WARNINGS:
-                warnings.filterwarnings("ignore", category=category, message=message)
-            yield
-    finally:
-        exporter.setLevel(level)
+    values = [value for value in pytree.tree_leaves(result) if value is not None]
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"{_refusal(network)}: its output holds a value of type {type(value).__name__}, and ONNX files return "
+                "tensors only. Wrap the network in a module that returns its tensors, in a tuple, a list or a dict"
+            )
+    return values
 
 
 def _refusal(network: nn.Module) -> str:
     return f"{type(network).__name__} cannot be written as ONNX with a free batch size"
-
-
-def _innermost(error: BaseException) -> str:
-    """The first telling line of the exception that started the chain; torch wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}".rstrip(". ")

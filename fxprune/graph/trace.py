@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.errors import GraphError, OptionError, TraceError
+from fxprune.graph.evaluation import evaluation_copy, to_evaluation
 from fxprune.graph.mutation import show_mutation
 from fxprune.graph.shapes import propagate_shapes
 
@@ -226,8 +227,7 @@ def trace(
 
 
 def _finish(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    for module in gm.modules():
-        module.training = False  # exported modules refuse .eval(): their graph is in evaluation mode already
+    to_evaluation(gm)
     if args or kwargs:
         propagate_shapes(gm, args, kwargs)
     show_mutation(gm)
@@ -241,12 +241,7 @@ def _capture(
         raise TraceError(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
         )
-    try:
-        private = copy.deepcopy(model).eval()
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
-        ) from error
+    private = evaluation_copy(model)
     failures: dict[str, BaseException] = {}
     routes: list[tuple[str, Callable[[], fx.GraphModule]]] = [
         ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=True))),

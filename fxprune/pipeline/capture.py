@@ -9,7 +9,6 @@ A detector, or any model whose own forward has control flow, cannot be traced as
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import logging
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
 from fxprune.calibration.loading import iterate, narrow
-from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
+from fxprune.errors import CalibrationError, GraphError, OptionError
 from fxprune.graph.call import Inputs
+from fxprune.graph.evaluation import evaluation_copy
 
-__all__ = ["capture_inputs", "device_of", "private_copy", "submodule_of"]
+__all__ = ["capture_inputs", "device_of", "submodule_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def capture_inputs(
     if limit < 1:
         raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
     place = device_of(model) if device is None else torch.device(device)
-    private = private_copy(model).to(place)
+    private = evaluation_copy(model).to(place)
     batches = _batches(loader, limit, seed)
     try:
         calls = _calls(private, path, batches, limit, place, input_fn)
@@ -228,16 +228,6 @@ def submodule_of(model: nn.Module, path: str) -> nn.Module:
     near = difflib.get_close_matches(path, names, n=5, cutoff=0.4)
     hint = f"nearest are {near}" if near else f"at the top there are {[n for n, _ in model.named_children()]}"
     raise OptionError(f"{type(model).__name__} has no submodule {path!r}; {hint}")
-
-
-def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in evaluation mode; a `TraceError` where the model has none."""
-    try:
-        return copy.deepcopy(model).eval()
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
-        ) from error
 
 
 def device_of(*modules: nn.Module) -> torch.device:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
 from fxprune.graph.call import Inputs
-from fxprune.pipeline.capture import device_of, private_copy, submodule_of
+from fxprune.graph.evaluation import evaluation_copy
+from fxprune.pipeline.capture import device_of, submodule_of
 
 __all__ = ["replace_submodule"]
 
@@ -46,10 +47,8 @@ def replace_submodule(
         GraphError: The part's outputs differ from the original's in structure, shape or type.
     """
     original = submodule_of(model, path)
-    whole = private_copy(model)
-    placed = copy.deepcopy(part).to(device_of(original, model))
-    for module in placed.modules():
-        module.training = False  # not .eval(): the modules of an exported program refuse it
+    whole = evaluation_copy(model)
+    placed = evaluation_copy(part).to(device_of(original, model))
     frozen = {name: p.requires_grad for name, p in original.named_parameters(remove_duplicate=False)}
     for name, parameter in placed.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))

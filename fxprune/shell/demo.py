@@ -21,6 +21,7 @@ from tqdm import tqdm
 import fxprune
 from fxprune.errors import SourceError
 from fxprune.export import artifact
+from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, Recipe
 from fxprune.processes.threads import using_threads
@@ -180,7 +181,7 @@ def run(
         SourceError: If scikit-learn is not installed.
     """
     started = time.perf_counter()
-    artifact.check_writable(out)
+    check_writable(out)
     digits = load_digits(seed)
     with using_threads(threads):
         model = train(digits, seed=seed, epochs=epochs, progress=progress)
@@ -210,7 +211,7 @@ def run(
         "seconds": {"train": trained_s, **report.durations, "all": time.perf_counter() - started},
     }
     figures["table"] = _table(figures)
-    artifact.write_json_atomic(out / "report.json", figures)
+    write_json_atomic(out / "report.json", figures)
     return figures
 
 

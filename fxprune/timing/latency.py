@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -25,30 +24,21 @@ from torch import Tensor, nn
 
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
 from fxprune.export import serving
-from fxprune.export.artifact import frozen_copy
 from fxprune.export.onnx_file import export_onnx
-from fxprune.measurements import Latency, LatencyComparison, NotMeasured
+from fxprune.graph.collector import collector_paused
+from fxprune.graph.evaluation import evaluation_copy
+from fxprune.measurements import Latency, LatencyComparison
+from fxprune.processes.threads import using_threads
 from fxprune.timing.rounds import (
     Clock,
     Contestant,
     TimingSettings,
-    median_interval,
     race,
     ratios_by_round,
     warm_up,
 )
 
-__all__ = [
-    "BACKENDS",
-    "Subject",
-    "TimingSettings",
-    "compare",
-    "device_name",
-    "median_interval",
-    "try_compare",
-]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["BACKENDS", "Subject", "TimingSettings", "compare", "device_name"]
 
 BACKENDS = ("torch", "onnxruntime-cpu", "onnxruntime-cuda")
 Subject: TypeAlias = "nn.Module | str | os.PathLike[str]"
@@ -62,7 +52,6 @@ def compare(
     backend: str = "torch",
     device: str | None = None,
     settings: TimingSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LatencyComparison, ...]:
     """Time a network against candidates, alternately, until the ratios are known well enough.
 
@@ -73,7 +62,6 @@ def compare(
         backend: One of `BACKENDS`; modules are exported for the onnxruntime ones.
         device: `cpu` or `cuda[:N]` for torch (`cpu` by default); implied by the onnxruntime backends.
         settings: When to stop; the defaults if `None`.
-        progress: Called with the rounds done and the most there can be.
 
     Returns:
         One comparison per candidate, in their order.
@@ -89,7 +77,8 @@ def compare(
         raise OptionError("compare() needs the input tensors of one call, none were given")
     if not candidates:
         return ()
-    with _threads(settings.threads), _no_collection(), torch.inference_mode():
+    gc.collect()
+    with using_threads(settings.threads), collector_paused(), torch.inference_mode():
         threads = torch.get_num_threads() if place.type == "cpu" else 0
         subjects = [before, *candidates]
         contestants = [
@@ -98,7 +87,7 @@ def compare(
         ]
         clock: Clock = partial(_cuda_clock, place) if place.type == "cuda" else _wall_clock
         warm_up(contestants, clock, settings.warmup)
-        intervals = race(contestants, clock, settings, progress)
+        intervals = race(contestants, clock, settings)
     name = device_name(place)
     shape = tuple(inputs[0].shape)
     latencies = [_latency(c, backend, name, shape, threads) for c in contestants]
@@ -108,30 +97,6 @@ def compare(
             latencies[1:], ratios_by_round(contestants), intervals, strict=True
         )
     )
-
-
-def try_compare(
-    before: Subject,
-    candidates: Sequence[Subject],
-    inputs: Sequence[Tensor],
-    *,
-    backend: str = "torch",
-    device: str | None = None,
-    settings: TimingSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[LatencyComparison, ...] | NotMeasured:
-    """`compare`, where a missing device or an unfit network is a row of the report and no error.
-
-    Raises:
-        OptionError: As `compare`.
-    """
-    try:
-        return compare(
-            before, candidates, inputs, backend=backend, device=device, settings=settings, progress=progress
-        )
-    except (DeviceError, MeasurementError) as error:
-        _logger.info("not measured on %s: %s", backend, error)
-        return NotMeasured(backend, str(error))
 
 
 def device_name(device: str | torch.device) -> str:
@@ -215,7 +180,7 @@ def _prepare(
 def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Callable[[], None]:
     tensors = [*module.parameters(), *module.buffers()]
     ready = all(x.device == place for x in tensors) and not any(m.training for m in module.modules())
-    network = module if ready else frozen_copy(module, place)
+    network = module if ready else evaluation_copy(module).requires_grad_(False).to(place)
     placed = [x.to(place) for x in inputs]
 
     def call() -> None:
@@ -267,27 +232,3 @@ def _latency(
         iqr_s=float(three_quarters - quarter),
         runs=len(contestant.samples) * contestant.repeats,
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    present = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(present)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from running in the middle of a sample."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

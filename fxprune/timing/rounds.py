@@ -134,12 +134,7 @@ def warm_up(contestants: Sequence[Contestant], clock: Clock, calls: int) -> None
         contestant.repeats = 1 if once >= _SHORT_CALL_S else math.ceil(_SAMPLE_S / max(once, 1e-7))
 
 
-def race(
-    contestants: Sequence[Contestant],
-    clock: Clock,
-    settings: TimingSettings,
-    progress: Callable[[int, int], None] | None,
-) -> list[Interval]:
+def race(contestants: Sequence[Contestant], clock: Clock, settings: TimingSettings) -> list[Interval]:
     """Take rounds until every ratio is known well enough, or time is up."""
     rng = np.random.default_rng(settings.seed)
     start = time.perf_counter()
@@ -150,8 +145,6 @@ def race(
     for done in range(1, settings.max_rounds + 1):
         for index in rng.permutation(len(contestants)):
             contestants[index].samples.append(contestants[index].take(clock))
-        if progress is not None:
-            progress(done, settings.max_rounds)
         if done < settings.min_rounds:
             continue
         if time.perf_counter() - start > settings.max_seconds:
