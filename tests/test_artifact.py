@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import pickle
 import random
@@ -307,6 +308,21 @@ def test_an_unknown_operator_is_named_in_one_line(
         artifact.load(bad)
     assert len(str(caught.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_torch_logs_while_it_reads_is_kept_away(
+    kept: tuple[nn.Module, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(kept[0].state_dict(keep_vars=True), buffer)  # where torch 2.8 put it; newer ones warn
+    tampered(kept[1] / "model.pt2", tmp_path / "old.pt2", {"data/weights/model.pt": buffer.getvalue()})
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(artifact.load(tmp_path / "old.pt2")(x), kept[0](x), rtol=0, atol=1e-6)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
