@@ -60,7 +60,7 @@ def save(gm: GraphModule, folder: str | os.PathLike[str], *, example_inputs: Seq
         torch.export.save(program, buffer)
     except Exception as error:
         raise ArtifactError(
-            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {error}. "
+            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {innermost(error)}. "
             "Write it with export_onnx instead, or keep its state_dict"
         ) from error
     write_bytes_atomic(target / "model.pt2", buffer.getvalue())
