@@ -61,8 +61,8 @@ def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Seque
         torch.export.save(program, buffer)
     except Exception as error:
         raise ArtifactError(
-            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {error}. Its weights are "
-            "in model.safetensors; write it with export_onnx instead"
+            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {innermost(error)}. Its "
+            "weights are in model.safetensors; write it with export_onnx instead"
         ) from error
     write_bytes_atomic(target / "model.pt2", buffer.getvalue())
 
