@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever ends the run: an error, Ctrl-C, SIGKILL or a full disk."""
+"""Files that are written whole or not at all, whatever ends the run: an error, SIGKILL, a full disk, no power."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # whole files after a power failure too
         os.replace(temporary, target)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
