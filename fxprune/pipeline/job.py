@@ -26,7 +26,7 @@ from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.trace import trace
 from fxprune.options import CompressOptions, Criterion, Recipe
-from fxprune.passes import Canonicalize, StoreWeights
+from fxprune.passes import Prepare
 from fxprune.processes.group import is_main, main_first
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.bare import BareScorer
@@ -167,8 +167,7 @@ def _capture(model: Any, calibration: CalibrationSet, device: str) -> fx.GraphMo
         traced = trace(model, inputs)
     except GraphError as error:
         raise _unfit(calibration, error) from error
-    Canonicalize()(traced)
-    StoreWeights()(traced)
+    Prepare()(traced)
     traced.to(device).requires_grad_(False)
     placed = example.to(device)
     try:

@@ -14,7 +14,7 @@ from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings, Recipe
-from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
+from fxprune.passes import Cut, FoldAdaptors
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
 
@@ -68,14 +68,9 @@ def cut_and_fold(
         relative to the largest feature; None when there are no maps.
     """
     student = copy.deepcopy(gm)
-    DropRegions(regions)(student)
+    Cut(regions, maps, fold=False)(student)
     if not maps:
         return student, None
-    InsertAdaptors(list(maps))(student)
-    for module in student.modules():
-        if isinstance(module, Adaptor):
-            module.weight.copy_(maps[module.site])
-            module.weight.requires_grad_(False)
     survivors = surviving_tap(tap, regions)
     example = calibration.example(8).to(device)
     inserted = FeatureReader(student, survivors)(example)
