@@ -16,7 +16,8 @@ import fxprune
 from fxprune.errors import TraceError
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes import Adaptor, FoldAdaptors, InsertAdaptors
-from fxprune.placement.dense import DenseOperator, Layout, OperatorIndex
+from fxprune.placement.algebra import Layout
+from fxprune.placement.dense import DenseOperator, OperatorIndex
 from tests.strategies import image_batch
 
 

@@ -7,7 +7,7 @@ method, or an ATen operator from `torch.export`; the words are in `fxprune.graph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from fxprune.graph import vocabulary
 
 __all__ = [
     "MUTATES",
-    "data_inputs",
     "fixed_interval",
     "is_addition",
     "is_dense",
@@ -97,11 +96,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Shape of a node's tensor, None when it holds none or several."""
     meta = tensor_meta(node)
     return None if meta is None else tuple(meta.shape)
-
-
-def data_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    """Input nodes, in argument order, each once."""
-    yield from dict.fromkeys(node.all_input_nodes)
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -10,23 +10,16 @@ import copy
 import inspect
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
+from fxprune.placement.algebra import Layout
 
-__all__ = ["DenseOperator", "Layout", "OperatorIndex"]
-
-
-class Layout(str, Enum):
-    """How a weight tensor holds its output and input channels."""
-
-    CONV = "conv"  # [out, in / groups, *kernel], channels at dimension 1 of the data
-    CONV_TRANSPOSE = "conv_transpose"  # [in, out / groups, *kernel]
-    LINEAR = "linear"  # [out, in], channels last
+__all__ = ["DenseOperator", "OperatorIndex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,43 +28,37 @@ class DenseOperator:
 
     Attributes:
         node: Name of the operator's node.
-        layout: How its weights are laid out.
         read: Qualified name of the weight that meets the input (a PRE adaptor folds into it).
         write: Qualified name of the weight that yields the output (a POST adaptor folds into it).
         bias: Qualified name of the bias added after `write`, None without one.
         in_channels: Channels read.
         out_channels: Channels written.
-        groups: Groups of the map; adaptors fold only into 1.
-        channel_dim: Dimension of the data tensors that holds the channels: 1 or -1.
         data: Names of the nodes it reads data from (one, but three times the same for attention).
         output: Name of the node that holds its output tensor (an item of the result, for attention).
         refusal: Why no adaptor may stand here, "" when one may.
+        layout: How its weights are laid out.
+        groups: Groups of the map; adaptors fold only into 1.
     """
 
     node: str
-    layout: Layout
     read: str
     write: str
     bias: str | None
     in_channels: int
     out_channels: int
-    groups: int
-    channel_dim: int
     data: tuple[str, ...]
     output: str
-    refusal: str = ""
+    refusal: str
+    layout: Layout = Layout.LINEAR
+    groups: int = 1
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the data tensors that holds the channels: 1 or -1."""
+        return -1 if self.layout is Layout.LINEAR else 1
 
 
-_MODULE_LAYOUTS: tuple[tuple[type[nn.Module], Layout], ...] = (
-    (nn.Conv1d, Layout.CONV),
-    (nn.Conv2d, Layout.CONV),
-    (nn.Conv3d, Layout.CONV),
-    (nn.ConvTranspose1d, Layout.CONV_TRANSPOSE),
-    (nn.ConvTranspose2d, Layout.CONV_TRANSPOSE),
-    (nn.ConvTranspose3d, Layout.CONV_TRANSPOSE),
-    (nn.Linear, Layout.LINEAR),
-)
-_FUNCTION_LAYOUTS: dict[str, Layout] = {
+_LAYOUTS: dict[str, Layout] = {
     "conv1d": Layout.CONV,
     "conv2d": Layout.CONV,
     "conv3d": Layout.CONV,
@@ -142,21 +129,15 @@ class OperatorIndex:
         return None
 
     def _read(self, node: fx.Node) -> DenseOperator | None:
-        if node.op == "call_module":
-            module = ops.module_of(self._gm, node)
-            if isinstance(module, nn.MultiheadAttention):
-                return self._attention(node, module)
-            for kind, layout in _MODULE_LAYOUTS:
-                if isinstance(module, kind):
-                    return self._module(node, module, layout)
-            return None
-        if node.op != "call_function":
-            return None
-        name = ops.op_name(self._gm, node)
+        module, name = ops.module_of(self._gm, node), ops.op_name(self._gm, node)
+        if isinstance(module, nn.MultiheadAttention):
+            return self._attention(node, module)
         if name in _ATTENTION_FUNCTIONS:
             return self._attention_function(node)
-        function_layout = _FUNCTION_LAYOUTS.get(name)
-        return None if function_layout is None else self._function(node, function_layout)
+        layout = _LAYOUTS.get(name)
+        if layout is None:
+            return None
+        return self._function(node, layout) if module is None else self._module(node, module, layout)
 
     def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
         source = node.args[0] if node.args else node.kwargs.get("input")
@@ -165,19 +146,19 @@ class OperatorIndex:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor):
             return None
-        refusal = self._module_refusal(node, module, layout)
+        refusal = self._module_refusal(node, module)
         path = f"{node.target}."
         bias = f"{path}bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
         return self._build(
             node, layout, f"{path}weight", bias, weight, getattr(module, "groups", 1), source, refusal
         )
 
-    def _module_refusal(self, node: fx.Node, module: nn.Module, layout: Layout) -> str:
+    def _module_refusal(self, node: fx.Node, module: nn.Module) -> str:
         if self._calls[str(node.target)] > 1:
             return "the module is called more than once"
         if "weight" not in module._parameters:
             return "its weight is parametrised"
-        plain = next(kind for kind, known in _MODULE_LAYOUTS if known is layout and isinstance(module, kind))
+        plain = next(kind for kind in type(module).__mro__ if kind in vocabulary.MODULE_NAMES)
         if type(module).forward is not plain.forward and not _is_plain_map(module):
             return f"{type(module).__name__} does not apply its weight as {plain.__name__} does"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -226,17 +207,16 @@ class OperatorIndex:
             refusal = "it is grouped"
         return DenseOperator(
             node=node.name,
-            layout=layout,
             read=weight,
             write=weight,
             bias=bias,
             in_channels=in_channels,
             out_channels=out_channels,
-            groups=count,
-            channel_dim=-1 if layout is Layout.LINEAR else 1,
             data=(source.name,),
             output=node.name,
             refusal=refusal or self._tensor_refusal(tensor),
+            layout=layout,
+            groups=count,
         )
 
     def _stored(self, node: Any) -> tuple[str, torch.Tensor] | None:
@@ -271,14 +251,11 @@ class OperatorIndex:
             refusal = "its weight is parametrised"
         return DenseOperator(
             node=node.name,
-            layout=Layout.LINEAR,
             read=f"{path}in_proj_weight",
             write=f"{path}out_proj.weight",
             bias=f"{path}out_proj.bias" if module.out_proj.bias is not None else None,
             in_channels=module.embed_dim,
             out_channels=module.embed_dim,
-            groups=1,
-            channel_dim=-1,
             data=tuple(s.name for s in sources if isinstance(s, fx.Node)),
             output=items[0].name,
             refusal=refusal
@@ -297,14 +274,11 @@ class OperatorIndex:
             return None
         return DenseOperator(
             node=node.name,
-            layout=Layout.LINEAR,
             read=reading[0],
             write=writing[0],
             bias=str(bias.target) if isinstance(bias, fx.Node) else None,
             in_channels=reading[1].shape[1],
             out_channels=writing[1].shape[0],
-            groups=1,
-            channel_dim=-1,
             data=(source.name,),
             output=node.name,
             refusal=self._tensor_refusal(reading[1]) or self._tensor_refusal(writing[1]),
