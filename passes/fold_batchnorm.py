@@ -25,7 +25,8 @@ class FoldBatchNorm(FxPass):
     ```
 
     Left alone: (1) a convolution or a norm that is called more than once, (2) a convolution whose output something
-    else reads, (3) a norm without running statistics or in training mode, (4) subclasses, whose forward may differ.
+    else reads, (3) a norm without running statistics or in training mode, (4) subclasses, whose forward may differ,
+    (5) modules with forward hooks, which may change the weight or the output.
     A folded convolution is a new module, so that graph modules that share the old one keep it as it was. onnxruntime
     does this itself; the pass is for networks that stay in torch.
     """
@@ -74,6 +75,8 @@ def _pair(
         return None
     assert isinstance(norm, _NORMS)
     assert isinstance(conv, _CONVOLUTIONS)
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):  # case 5
+        return None
     if norm.training or norm.running_mean is None or norm.running_var is None:  # case 3
         return None
     return conv, norm

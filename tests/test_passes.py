@@ -576,11 +576,14 @@ class Norms(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "case", ["convolution twice", "norm twice", "output read", "no statistics", "training", "subclass"]
+    "case",
+    ["convolution twice", "norm twice", "output read", "no statistics", "training", "subclass", "hooked"],
 )
 @torch.no_grad()
 def test_pairs_that_do_not_qualify_are_left_alone(case: str) -> None:
     gm = fxprune.trace(Norms(case).double(), image_batch())
+    if case == "hooked":
+        gm.get_submodule("conv").register_forward_hook(lambda module, args, output: 2 * output)
     if case == "training":
         gm.get_submodule("bn").train()
     code, before = gm.code, {k: v.clone() for k, v in gm.state_dict().items()}
