@@ -19,6 +19,7 @@ from fxprune.export.onnx_file import export_onnx as _export
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Kind
+from fxprune.graph.unwrap import unwrapped
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.pipeline.capture import capture_inputs
@@ -47,6 +48,7 @@ _REPORT = "fxprune_report"
 _EXAMPLE = "fxprune_example"
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module | torch.export.ExportedProgram,
     loader: Any,
@@ -119,6 +121,7 @@ def compress(
         DeviceError: The device is not there.
         MeasurementError: The backend cannot run the network.
     """
+    model = unwrapped(model)
     place = default_device(device, model)
     options = CompressOptions(
         k=k,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxprune.calibration.drawing import draw
@@ -13,6 +14,7 @@ from fxprune.discovery.labels import Ignore
 from fxprune.errors import OptionError
 from fxprune.files import check_writable, write_text_atomic
 from fxprune.graph.regions import Kind, Region
+from fxprune.graph.unwrap import unwrapped
 from fxprune.options import Backend, CompressOptions, Criterion, Recipe, Selection, recipe_named
 from fxprune.pipeline.job import Clock, Job, default_device, input_names, open_job
 from fxprune.pipeline.stages import compare_plans, score, settings_of
@@ -30,6 +32,7 @@ from fxprune.timing.savings import without
 __all__ = ["sweep"]
 
 
+@torch.inference_mode(False)
 def sweep(
     model: Any,
     loader: Any,
@@ -84,6 +87,7 @@ def sweep(
     Raises:
         FxpruneError: As `fxprune.compress`.
     """
+    model = unwrapped(model)
     place = default_device(device, model)
     chosen = recipe_named(recipe)
     if selection == "exact":

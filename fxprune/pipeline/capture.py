@@ -24,6 +24,7 @@ from fxprune.calibration.drawing import draw
 from fxprune.calibration.loading import iterate, narrow
 from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
 from fxprune.graph.call import Inputs
+from fxprune.graph.unwrap import copy_memo, unwrapped
 
 __all__ = ["capture_inputs", "device_of", "private_copy", "submodule_of"]
 
@@ -92,6 +93,7 @@ def capture_inputs(
         CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
             in shape from one image to the next; the message names both shapes.
     """
+    model = unwrapped(model)
     submodule_of(model, path)
     if limit < 1:
         raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
@@ -233,7 +235,7 @@ def submodule_of(model: nn.Module, path: str) -> nn.Module:
 def private_copy(model: nn.Module) -> nn.Module:
     """A deep copy in evaluation mode; a `TraceError` where the model has none."""
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model, copy_memo(model)).eval()
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"
