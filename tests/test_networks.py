@@ -141,6 +141,14 @@ def test_calls_from_inference_mode_train_as_any_other() -> None:
     assert front.points
 
 
+def test_weights_that_a_hook_computes_stay_with_their_hook() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *tiny().body, nn.BatchNorm2d(8))
+    nn.utils.spectral_norm(network[0])
+    for block in network[2:6]:
+        block.conv2 = nn.Sequential(nn.utils.spectral_norm(block.conv2), nn.BatchNorm2d(8))
+    assert fxprune.report(compressed(network.eval())).plan.chosen
+
+
 class Various(Tiny):
     def forward(self, *inputs: Tensor) -> Tensor:
         return super().forward(inputs[0])
@@ -150,3 +158,12 @@ def test_inputs_without_a_name_are_compressed() -> None:
     small = compressed(Various().eval())
     assert fxprune.report(small).plan.chosen
     assert small(images(5)).shape == (5, 5)
+
+
+def test_regions_keep_their_labels_in_a_module_that_holds_a_result() -> None:
+    small = compressed(tiny())
+    labels = [region.label for region in fxprune.discover(fxprune.trace(small, images(2))).regions]
+    assert len(labels) == 3
+    outer = fxprune.trace(nn.Sequential(small), images(2))
+    assert [region.label for region in fxprune.discover(outer).regions] == [f"0.{n}" for n in labels]
+    assert len(fxprune.discover(outer, ignore=f"0.{labels[0]}").regions) == 2

@@ -204,20 +204,24 @@ def owns_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
+def _scope(node: fx.Node) -> tuple[str, str]:
+    """Key and path of the module call that executed a node; "" for the root's, and a graph module's, which is flat."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    key, (path, kind) = next(reversed(stack.items()))
+    if isinstance(kind, type) and issubclass(kind, fx.GraphModule):
+        return "", ""
+    path = str(path).removeprefix("L['self']").removeprefix(".")
+    return str(key) if path else "", path
+
+
 def scope_key(node: fx.Node) -> str:
     """Identifies the module *call* that executed the node ("" for the root's own forward)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return str(next(reversed(stack))) if path and path != "L['self']" else ""
+    return _scope(node)[0]
 
 
 def module_path(node: fx.Node) -> str:
     """Path of the module that the node calls, or of the one whose forward executed it; "" for the root."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return path.removeprefix("L['self']").removeprefix(".")
+    return str(node.target) if node.op == "call_module" else _scope(node)[1]
 
 
 def is_floating(node: fx.Node) -> bool:
