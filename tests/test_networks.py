@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune.errors import TraceError
+from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.unwrap import inner
 from tests.doubles import brief, count_latency
 from tests.tiny import BLOCKS, Tiny, images, tiny
@@ -98,6 +98,16 @@ def test_what_no_front_end_can_read_is_refused_at_once(make: Callable[[], Any], 
 def test_autocast_is_to_be_left_first() -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TraceError, match="leave autocast"):
         compressed(tiny())
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = tiny()
+    network.body[1].conv2.weight.data[0] = torch.nan
+    monkeypatch.setattr("fxprune.timing.savings.compare", None)
+    with pytest.raises(CalibrationError, match=r"nan or infinite: body\.1\.conv2\.weight; check how"):
+        compressed(network)
 
 
 class Keeps(Tiny):

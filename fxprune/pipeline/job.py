@@ -167,6 +167,7 @@ def _capture(model: Any, calibration: CalibrationSet, device: str) -> fx.GraphMo
         traced = trace(model, inputs)
     except GraphError as error:
         raise _unfit(calibration, error) from error
+    _check_finite(traced)
     Prepare()(traced)
     traced.to(device).requires_grad_(False)
     placed = example.to(device)
@@ -175,6 +176,14 @@ def _capture(model: Any, calibration: CalibrationSet, device: str) -> fx.GraphMo
     except GraphError as error:
         raise _unfit(calibration, error) from error
     return traced
+
+
+def _check_finite(gm: fx.GraphModule) -> None:
+    bad = [n for n, p in gm.named_parameters() if not p.is_meta and not bool(torch.isfinite(p).all())]
+    if bad:
+        raise CalibrationError(
+            f"weights are nan or infinite: {', '.join(bad[:4])}; check how they were loaded"
+        )
 
 
 def _unfit(calibration: CalibrationSet, error: GraphError) -> CalibrationError:
