@@ -12,8 +12,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import fxprune
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, TraceError
+from fxprune.graph.extract import between
 from fxprune.graph.unwrap import inner
+from fxprune.recovery.training import trainable_parameters
 from tests.doubles import brief, count_latency
 from tests.tiny import BLOCKS, Tiny, images, tiny
 
@@ -168,6 +171,33 @@ def test_inputs_without_a_name_are_compressed() -> None:
     small = compressed(Various().eval())
     assert fxprune.report(small).plan.chosen
     assert small(images(5)).shape == (5, 5)
+
+
+class Tied(Tiny):
+    """The convolution in front of the pooling works on the pooled features too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tail, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tail(self.pool(self.tail(self.body(self.stem(x))))).flatten(1))
+
+
+def test_a_weight_on_both_sides_of_the_tap_is_not_trained() -> None:
+    torch.manual_seed(0)
+    network = Tied().eval()
+    gm = fxprune.trace(network, images(2))
+    part = between(gm, ["x"], find_tap(gm))
+    assert find_tap(gm) == ("tail",)
+    trained = {id(p) for p in trainable_parameters(part, gm)}
+    names = {name for name, p in gm.named_parameters() if id(p) in trained}
+    assert "stem.weight" in names
+    assert names.isdisjoint({"tail.weight", "tail.bias", "head.weight"})
+    assert {id(part.tail.weight)} <= {id(p) for p in trainable_parameters(part)}
+    small = compressed(network, tap="tail")
+    assert not torch.equal(small.stem.weight, network.stem.weight)
+    assert torch.equal(small.tail.bias, network.tail.bias)
 
 
 def test_regions_keep_their_labels_in_a_module_that_holds_a_result() -> None:

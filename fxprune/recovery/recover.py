@@ -110,7 +110,7 @@ def recover(
     teacher_reader = FeatureReader(gm, tap, fold=True)
     student_reader = FeatureReader(student, surviving_tap(tap, regions))
     before = mean_feature_loss(teacher_reader, student_reader, calibration, device=device)
-    parameters = trainable_parameters(student_reader.part)
+    parameters = trainable_parameters(student_reader.part, student)
     if not parameters or not recipe.mimic.iterations:
         return Recovered(student, before, before, fold_error)
 
