@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.extract import between
 from fxprune.graph.unwrap import inner
+from fxprune.options import FitSettings
+from fxprune.recovery.recover import _fit_or_undo
 from fxprune.recovery.training import trainable_parameters
 from tests.doubles import brief, count_latency
 from tests.tiny import BLOCKS, Tiny, images, tiny
@@ -171,6 +174,21 @@ def test_inputs_without_a_name_are_compressed() -> None:
     small = compressed(Various().eval())
     assert fxprune.report(small).plan.chosen
     assert small(images(5)).shape == (5, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_heads_are_compressed_and_mimicking_can_be_undone() -> None:
+    network = torch.ao.quantization.quantize_dynamic(tiny(), {nn.Linear}, dtype=torch.qint8)
+    assert fxprune.report(compressed(network)).plan.chosen
+    before = copy.deepcopy(network)
+
+    def spoil(settings: FitSettings) -> float:
+        network.stem.weight.data.zero_()
+        return 2.0
+
+    loss, notes = _fit_or_undo(network, spoil, brief().mimic, 1.0)
+    assert (loss, bool(notes)) == (1.0, True)
+    assert same(network, before)
 
 
 class Tied(Tiny):

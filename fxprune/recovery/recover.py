@@ -152,7 +152,7 @@ def _fit_or_undo(
     student: nn.Module, fit: Callable[[FitSettings], float], settings: FitSettings, before: float
 ) -> tuple[float, list[str]]:
     """Fits, and goes back to the start where that raised the error; returns the error in the end, and notes."""
-    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    start = copy.deepcopy(student.state_dict())  # quantised modules keep more than tensors in it
     notes: list[str] = []
     for left in range(settings.retries, -1, -1):
         try:
