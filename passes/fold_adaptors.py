@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FoldError
@@ -62,22 +64,16 @@ class FoldAdaptors(FxPass):
         return PassResult(graph_module, bool(adaptors))
 
 
-def _parameter(gm: fx.GraphModule, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    value: Tensor = getattr(gm.get_submodule(owner), attribute)
-    return value
-
-
 @torch.no_grad()
 def _fold(gm: fx.GraphModule, index: OperatorIndex, adaptor: Adaptor) -> None:
     site = adaptor.site
     operator = index[site.operator]
     map_ = adaptor.weight.double()
-    weight = _parameter(gm, operator.read if site.side is Side.PRE else operator.write)
+    weight = attrgetter(operator.read if site.side is Side.PRE else operator.write)(gm)
     if site.side is Side.PRE:
         weight.copy_(fold_pre(weight.double(), map_, operator.layout))
         return
     weight.copy_(fold_post(weight.double(), map_, operator.layout))
     if operator.bias is not None:
-        bias = _parameter(gm, operator.bias)
+        bias = attrgetter(operator.bias)(gm)
         bias.copy_(fold_bias_post(bias.double(), map_))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -105,8 +106,7 @@ class InsertAdaptors(FxPass):
 def _insert(
     gm: fx.GraphModule, site: AdaptorSite, operator: DenseOperator, nodes: dict[str, fx.Node]
 ) -> Adaptor:
-    owner, _, attribute = operator.read.rpartition(".")
-    like: Tensor = getattr(gm.get_submodule(owner), attribute)
+    like: Tensor = attrgetter(operator.read)(gm)
     name = f"adaptor_{site.side.value}_{site.operator}"
     module = Adaptor(site).to(like.device, like.dtype)
     gm.add_submodule(name, module)

@@ -122,7 +122,7 @@ class _Search:
             if node.op in ("placeholder", "output"):
                 continue
             sources = self.dominance.sources[name]
-            joins = len(sources) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node))
+            joins = len(sources) > 1 or (_adds_itself(node) and ops.op_name(self.gm, node) == "add")
             begins = chains and len(sources) == 1 and ops.owns_weights(self.gm, node)
             if not (joins or begins) or not self.dominance.is_live(name):
                 continue
@@ -182,7 +182,7 @@ class _Search:
                 continue
             if ops.is_identity(self.gm, current):
                 stack.append(current.all_input_nodes[0])
-            elif ops.is_addition(self.gm, current) or ops.is_subtraction(self.gm, current):
+            elif ops.op_name(self.gm, current) in ("add", "sub"):
                 stack.extend(
                     operand
                     for operand in current.all_input_nodes

@@ -19,12 +19,10 @@ from fxprune.graph import vocabulary
 __all__ = [
     "MUTATES",
     "fixed_interval",
-    "is_addition",
     "is_dense",
     "is_elementwise",
     "is_identity",
     "is_linear",
-    "is_subtraction",
     "module_of",
     "module_path",
     "mutated_input",
@@ -118,16 +116,6 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     if name in ("dropout", "stochastic_depth"):
         return _is_idle_dropout(gm, node, name)
     return name in ("identity", "copy")
-
-
-def is_addition(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a tensor addition."""
-    return op_name(gm, node) == "add"
-
-
-def is_subtraction(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a tensor subtraction."""
-    return op_name(gm, node) == "sub"
 
 
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:

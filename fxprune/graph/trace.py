@@ -16,9 +16,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
-from fxprune.errors import GraphError, OptionError, TraceError
+from fxprune.errors import OptionError, TraceError
 from fxprune.graph.mutation import show_mutation
-from fxprune.graph.shapes import propagate_shapes
+from fxprune.graph.shapes import propagate_shapes, unfit
 from fxprune.graph.unwrap import copy_memo, inner, unwrapped
 
 __all__ = ["FrontEnd", "split_inputs", "trace"]
@@ -218,11 +218,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except TraceError:
         raise
     except Exception as error:  # whatever the network raises, the examples are what it raised it on
-        shapes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        raise GraphError(
-            f"the network does not run on example inputs of shape {shapes}: {error}; give inputs of the shape, type "
-            "and device that the network takes"
-        ) from error
+        raise unfit((args, kwargs), error) from error
     if not same:
         raise TraceError(
             f"two runs of {type(model).__name__} itself differ on the same inputs: it is random in evaluation mode "

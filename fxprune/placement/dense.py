@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,23 +59,13 @@ class DenseOperator:
         return -1 if self.layout is Layout.LINEAR else 1
 
 
-_LAYOUTS: dict[str, Layout] = {
-    "conv1d": Layout.CONV,
-    "conv2d": Layout.CONV,
-    "conv3d": Layout.CONV,
-    "conv_transpose1d": Layout.CONV_TRANSPOSE,
-    "conv_transpose2d": Layout.CONV_TRANSPOSE,
-    "conv_transpose3d": Layout.CONV_TRANSPOSE,
+_LAYOUTS = {
     "linear": Layout.LINEAR,
+    **{f"conv{n}d": Layout.CONV for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": Layout.CONV_TRANSPOSE for n in (1, 2, 3)},
 }
 _ATTENTION_FUNCTIONS = {"shifted_window_attention", "shifted_window_attention_3d"}
 """Functions over tokens that keep their projections as `qkv_weight` and `proj_weight`, with `proj_bias`."""
-_GROUPS_POSITION = {Layout.CONV: 6, Layout.CONV_TRANSPOSE: 6}
-
-
-def _fetch(gm: fx.GraphModule, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(gm.get_submodule(owner), attribute, None)
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:
@@ -100,7 +91,7 @@ class OperatorIndex:
                 calls.append(str(node.target))
                 owned.extend(_parameter_ids(ops.module_of(gm, node)))
             elif node.op == "get_attr":
-                value = _fetch(gm, str(node.target))
+                value = attrgetter(str(node.target))(gm)
                 if isinstance(value, nn.Parameter):
                     owned.extend([id(value)] * len(node.users))
         self._calls, self._owners = Counter(calls), Counter(owned)
@@ -175,12 +166,11 @@ class OperatorIndex:
             if isinstance(part, fx.Node):
                 if part.op != "get_attr":
                     refusal = "its weight is computed, not stored"
-                elif not isinstance(_fetch(self._gm, str(part.target)), torch.Tensor):
+                elif not isinstance(attrgetter(str(part.target))(self._gm), torch.Tensor):
                     refusal = "its weight is not a tensor"
         groups = node.kwargs.get("groups", 1)
-        position = _GROUPS_POSITION.get(layout)
-        if position is not None and len(node.args) > position:
-            groups = node.args[position]
+        if len(node.args) > 6:  # of convolutions, transposed or not; linear layers take three arguments
+            groups = node.args[6]
         stored = self._stored(weight)
         tensor = torch.empty(ops.shape_of(weight) or (), device="meta") if stored is None else stored[1]
         bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
@@ -223,7 +213,7 @@ class OperatorIndex:
         """Name and value of the tensor that a `get_attr` node reads."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        value = _fetch(self._gm, str(node.target))
+        value = attrgetter(str(node.target))(self._gm)
         return (str(node.target), value) if isinstance(value, torch.Tensor) else None
 
     def _tensor_refusal(self, weight: torch.Tensor) -> str:

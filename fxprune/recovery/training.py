@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,8 +46,7 @@ def _uses(gm: fx.GraphModule) -> Counter[nn.Parameter]:
         if node.op == "call_module":
             uses.update(gm.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            value = getattr(gm.get_submodule(owner), name, None)
+            value = attrgetter(str(node.target))(gm)
             if isinstance(value, nn.Parameter):
                 uses[value] += len(node.users)
     return uses
