@@ -245,12 +245,12 @@ def test_random_networks_are_told_from_those_that_cannot_be_traced() -> None:
 class Chooses(nn.Module):
     """Another function for large batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
+        self.most, self.conv = most, nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.shape[0] < 4 else 2 * self.conv(x)
+        return self.conv(x) if x.shape[0] <= self.most else 2 * self.conv(x)
 
 
 class Fixed(Chooses):
@@ -260,10 +260,13 @@ class Fixed(Chooses):
         return self.conv(torch.stack([x[0], x[1]]) + x).view(2, -1)
 
 
-def test_a_trace_for_some_batch_sizes_is_refused_when_the_network_takes_others() -> None:
-    for count in (1, 2):
-        with pytest.raises(TraceError, match="branches on the batch size"):
-            fxprune.trace(Chooses().double(), image_batch(count))
+@pytest.mark.parametrize(("count", "most"), [(1, 3), (2, 3), (2, 40)])
+def test_a_trace_for_some_batch_sizes_is_refused_when_the_network_takes_others(count: int, most: int) -> None:
+    with pytest.raises(TraceError, match="branches on the batch size"):
+        fxprune.trace(Chooses(most).double(), image_batch(count))
+
+
+def test_a_network_that_fixes_its_own_batch_size_is_traced_with_it() -> None:
     gm = fxprune.trace(Fixed().double(), image_batch(), front_end="export")  # its own restriction
     assert has_shapes(gm)
 
