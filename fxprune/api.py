@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
+from fxprune.graph.unwrap import unwrapped
 from fxprune.measurements import LatencyComparison
 from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
@@ -154,10 +155,13 @@ def export_onnx(
         ParityError: onnxruntime computes something else than torch; no file is written.
         OutOfMemoryError: Memory ran out.
     """
+    model = unwrapped(model)
     if example_inputs is None:
         example = getattr(model, "meta", {}).get(EXAMPLE)
         if example is None:
-            raise OptionError("give example_inputs: this network does not come from fxprune.compress")
+            raise OptionError(
+                "give example_inputs: this network knows none (torch.save of a whole network drops them)"
+            )
         example_inputs = example.given
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     with memory_explained():

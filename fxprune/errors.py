@@ -38,6 +38,12 @@ class FxpruneError(Exception):
         super().__init__(message)
         self.nodes: tuple[str, ...] = tuple(nodes)
 
+    def within(self, where: str) -> FxpruneError:
+        """The same error, its message led by where it happened; raise it `from` this one."""
+        led = type(self).__new__(type(self), f"{where}: {self}")
+        led.__dict__.update(self.__dict__)
+        return led
+
 
 class OptionError(FxpruneError, ValueError):
     """A setting is out of range, unknown, or contradicts another."""
@@ -63,7 +69,7 @@ class PassError(FxpruneError):
     """A pass failed; `__cause__` holds the original exception."""
 
 
-class PreconditionError(PassError):
+class PreconditionError(PassError, GraphError):
     """The graph given to a pass does not meet what the pass requires."""
 
 
@@ -71,7 +77,7 @@ class PostconditionError(PassError):
     """A pass broke its own promise about its result: a defect of the pass."""
 
 
-class FoldError(FxpruneError):
+class FoldError(PreconditionError):
     """An adaptor cannot be folded into its operator."""
 
 

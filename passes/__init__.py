@@ -10,16 +10,20 @@ from fxprune.passes.fold_adaptors import FoldAdaptors
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_adaptors import Adaptor, InsertAdaptors
 from fxprune.passes.propagate_shapes import PropagateShapes
+from fxprune.passes.sequential import Cut, Prepare, Sequential
 from fxprune.passes.store_weights import StoreWeights
 
 __all__ = [
     "Adaptor",
     "Canonicalize",
+    "Cut",
     "DropRegions",
     "FoldAdaptors",
     "FoldBatchNorm",
     "FxPass",
     "InsertAdaptors",
+    "Prepare",
     "PropagateShapes",
+    "Sequential",
     "StoreWeights",
 ]

@@ -49,7 +49,7 @@ class DropRegions(FxPass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Every region must lie in this graph, or have been dropped from it already."""
         names = {node.name for node in graph_module.graph.nodes}
-        for region in self._pending(graph_module):
+        for region in self.pending(graph_module):
             missing = [n for n in (region.entry, region.bypass, *region.body) if n not in names]
             if missing:
                 raise GraphError(
@@ -58,13 +58,14 @@ class DropRegions(FxPass):
                     nodes=missing,
                 )
 
-    def _pending(self, graph_module: fx.GraphModule) -> list[Region]:
+    def pending(self, graph_module: fx.GraphModule) -> list[Region]:
+        """The regions that were not dropped from this graph yet."""
         done = graph_module.meta.get(_DROPPED, frozenset())
         return [region for region in self._regions if (region.label, region.exit) not in done]
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Drops every region that is still there."""
-        pending = self._pending(graph_module)
+        pending = self.pending(graph_module)
         nodes = {node.name: node for node in graph_module.graph.nodes}
         order = {name: i for i, name in enumerate(nodes)}
         owners: set[str] = set()

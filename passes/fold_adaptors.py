@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FoldError
@@ -28,6 +30,23 @@ class FoldAdaptors(FxPass):
     The weights of the operators change in place; see `fxprune.placement.algebra` for the formulas.
     """
 
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every adaptor must be called, and its operator must be there."""
+        called = {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
+        adaptors = {
+            name: m.site.operator for name, m in graph_module.named_modules() if isinstance(m, Adaptor)
+        }
+        stray = [operator for name, operator in adaptors.items() if name not in called]
+        if stray:
+            raise FoldError(f"adaptors remain at {', '.join(stray)} that no node calls", nodes=stray)
+        index = OperatorIndex(graph_module)
+        gone = [operator for operator in adaptors.values() if index.get(operator) is None]
+        if gone:
+            raise FoldError(
+                f"{', '.join(gone)}, which adaptors belong to, are gone; fold before rewriting their neighbours",
+                nodes=gone,
+            )
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Folds all adaptors."""
         graph = graph_module.graph
@@ -44,34 +63,17 @@ class FoldAdaptors(FxPass):
             _fold(graph_module, index, adaptor)
         return PassResult(graph_module, bool(adaptors))
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """No adaptor is left."""
-        left = [m.site.operator for m in graph_module.modules() if isinstance(m, Adaptor)]
-        if left:
-            raise FoldError(f"adaptors remain at {', '.join(left)}", nodes=left)
-
-
-def _parameter(gm: fx.GraphModule, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    value: Tensor = getattr(gm.get_submodule(owner), attribute)
-    return value
-
 
 @torch.no_grad()
 def _fold(gm: fx.GraphModule, index: OperatorIndex, adaptor: Adaptor) -> None:
     site = adaptor.site
-    operator = index.get(site.operator)
-    if operator is None:
-        raise FoldError(
-            f"the operator {site.operator} that an adaptor belongs to is gone; fold before rewriting its neighbours",
-            nodes=[site.operator],
-        )
+    operator = index[site.operator]
     map_ = adaptor.weight.double()
-    weight = _parameter(gm, operator.read if site.side is Side.PRE else operator.write)
+    weight = attrgetter(operator.read if site.side is Side.PRE else operator.write)(gm)
     if site.side is Side.PRE:
         weight.copy_(fold_pre(weight.double(), map_, operator.layout))
         return
     weight.copy_(fold_post(weight.double(), map_, operator.layout))
     if operator.bias is not None:
-        bias = _parameter(gm, operator.bias)
+        bias = attrgetter(operator.bias)(gm)
         bias.copy_(fold_bias_post(bias.double(), map_))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from fxprune.errors import GraphError, PreconditionError
+from fxprune.errors import GraphError
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes.base import FxPass
 from fxprune.placement.dense import DenseOperator, OperatorIndex
@@ -56,64 +57,69 @@ class InsertAdaptors(FxPass):
     ```
 
     Args:
-        sites: From `fxprune.placement.placement.find_sites`; sites that hold an adaptor already are left alone.
+        sites: From `fxprune.placement.placement.find_sites`; or by site the map `[channels, channels]` to begin with.
+            Sites that hold an adaptor already are left alone.
     """
 
-    def __init__(self, sites: Sequence[AdaptorSite]) -> None:
+    def __init__(self, sites: Sequence[AdaptorSite] | Mapping[AdaptorSite, Tensor]) -> None:
         self._sites = tuple(sites)
+        self._maps = sites if isinstance(sites, Mapping) else {}
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every site must be a dense operator of this graph that can absorb its adaptor."""
+        index = OperatorIndex(graph_module)
+        for site in self._sites:
+            operator = index.get(site.operator)
+            if operator is None:
+                raise GraphError(
+                    f"site {site.operator} ({site.side.value}) is no dense operator of this graph; find the sites on "
+                    "this very graph",
+                    nodes=[site.operator],
+                )
+            width = operator.in_channels if site.side is Side.PRE else operator.out_channels
+            map_ = self._maps.get(site)
+            reason = operator.refusal or (
+                "" if width == site.channels else f"it has {width} channels, not {site.channels}"
+            )
+            if not reason and map_ is not None and map_.shape != (width, width):
+                reason = f"it has {width} channels, and the map is {list(map_.shape)}"
+            if reason:
+                raise GraphError(f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator])
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Checks all sites, then inserts what is missing.
-
-        Raises:
-            GraphError: A site's operator is not in the graph.
-            PreconditionError: It cannot absorb an adaptor.
-        """
-        index = OperatorIndex(graph_module)  # all operators are read before the graph changes
-        operators = {site: _operator(index, site) for site in self._sites}
+        """Inserts what is missing."""
+        index = OperatorIndex(graph_module)
+        operators = {
+            site: index[site.operator] for site in self._sites
+        }  # all are read before the graph changes
         present = {m.site for m in graph_module.modules() if isinstance(m, Adaptor)}
         missing = [site for site in self._sites if site not in present]
         nodes = {node.name: node for node in graph_module.graph.nodes}
         # PRE first: a POST adaptor changes what the next operator reads, which is still named by its old source
         for site in sorted(missing, key=lambda site: site.side is Side.POST):
-            _insert(graph_module, site, operators[site], nodes)
+            adaptor = _insert(graph_module, site, operators[site], nodes)
+            if site in self._maps:
+                adaptor.weight.data.copy_(self._maps[site])
         return PassResult(graph_module, bool(missing))
-
-
-def _operator(index: OperatorIndex, site: AdaptorSite) -> DenseOperator:
-    operator = index.get(site.operator)
-    if operator is None:
-        raise GraphError(
-            f"site {site.operator} ({site.side.value}) is no dense operator of this graph; find the sites on "
-            "this very graph",
-            nodes=[site.operator],
-        )
-    width = operator.in_channels if site.side is Side.PRE else operator.out_channels
-    if operator.refusal or width != site.channels:
-        reason = operator.refusal or f"it has {width} channels, not {site.channels}"
-        raise PreconditionError(f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator])
-    return operator
 
 
 def _insert(
     gm: fx.GraphModule, site: AdaptorSite, operator: DenseOperator, nodes: dict[str, fx.Node]
-) -> None:
-    owner, _, attribute = operator.read.rpartition(".")
-    like: Tensor = getattr(gm.get_submodule(owner), attribute)
+) -> Adaptor:
+    like: Tensor = attrgetter(operator.read)(gm)
     name = f"adaptor_{site.side.value}_{site.operator}"
-    gm.add_submodule(name, Adaptor(site).to(like.device, like.dtype))
+    module = Adaptor(site).to(like.device, like.dtype)
+    gm.add_submodule(name, module)
     node = nodes[site.operator]
     if site.side is Side.PRE:
         source = nodes[operator.data[0]]
-        before = next((s for s in node.all_input_nodes if s is source), None)
-        assert before is not None  # the index was made from this graph
         with gm.graph.inserting_before(node):
             adaptor = gm.graph.call_module(name, (source,))
         node.replace_input_with(source, adaptor)
-        adaptor.meta = {k: v for k, v in source.meta.items() if k == "tensor_meta"}
     else:
-        output = nodes[operator.output]
-        with gm.graph.inserting_after(output):
-            adaptor = gm.graph.call_module(name, (output,))
-        output.replace_all_uses_with(adaptor, delete_user_cb=lambda user: user is not adaptor)
-        adaptor.meta = {k: v for k, v in output.meta.items() if k == "tensor_meta"}
+        source = nodes[operator.output]
+        with gm.graph.inserting_after(source):
+            adaptor = gm.graph.call_module(name, (source,))
+        source.replace_all_uses_with(adaptor, delete_user_cb=lambda user: user is not adaptor)
+    adaptor.meta = {k: v for k, v in source.meta.items() if k == "tensor_meta"}
+    return module

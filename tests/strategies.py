@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.placement.dense import Layout
+from fxprune.placement.algebra import Layout
 
 __all__ = [
     "KINDS",

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from fxprune.errors import FoldError
-from fxprune.placement.algebra import fold_bias_post, fold_post, fold_pre
-from fxprune.placement.dense import Layout
+from fxprune.placement.algebra import Layout, fold_bias_post, fold_post, fold_pre
 from tests.strategies import OperatorSpec, operator_specs
 
 MODES = ("zeros", "reflect", "replicate", "circular")

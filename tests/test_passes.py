@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,12 +27,15 @@ from fxprune.graph.trace import FrontEnd
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
+    Cut,
     DropRegions,
     FoldAdaptors,
     FoldBatchNorm,
     FxPass,
     InsertAdaptors,
+    Prepare,
     PropagateShapes,
+    Sequential,
     StoreWeights,
 )
 from fxprune.placement.placement import find_sites
@@ -150,6 +154,150 @@ def test_torchs_manager_shows_our_error_as_the_cause() -> None:
     with pytest.raises(Exception, match="InsertAdaptors") as caught:
         PassManager(passes=[InsertAdaptors([missing])])(network())
     assert isinstance(caught.value.__cause__, GraphError)
+
+
+class Checks(FxPass):
+    """A pass whose checks raise what they are given."""
+
+    def __init__(self, before: Exception | None = None, after: Exception | None = None) -> None:
+        self._before, self._after = before, after
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if self._before is not None:
+            raise self._before
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        return PassResult(graph_module, False)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        if self._after is not None:
+            raise self._after
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GraphError("no such node", nodes=["here"]), "Checks: no such node"),
+        (KeyError("lost"), "Checks: KeyError: 'lost'"),
+        (PreconditionError("unfit", nodes=["here"]), "Checks: unfit"),
+        (PostconditionError("broken", nodes=["here"]), "Checks: broken"),
+    ],
+)
+def test_what_checks_raise_becomes_an_error_of_the_contract(error: Exception, words: str) -> None:
+    for kind, checks in ((PreconditionError, Checks(error)), (PostconditionError, Checks(None, error))):
+        with pytest.raises(kind) as caught:
+            checks(network())
+        assert str(caught.value) == words
+        assert caught.value.nodes == getattr(error, "nodes", ())
+        assert caught.value.__cause__ is error
+
+
+STRAY = AdaptorSite("head", Side.PRE, 6, -1)
+
+
+def unfit(kind: type[FxPass]) -> tuple[FxPass, fx.GraphModule, tuple[str, ...]]:
+    """A pass, a graph that it must refuse, and the nodes to name."""
+    gm = network()
+    if kind is DropRegions:
+        region = next(iter(regions(gm).values()))
+        return DropRegions([replace(region, entry="nowhere")]), gm, ("nowhere",)
+    if kind is InsertAdaptors:
+        return InsertAdaptors([AdaptorSite("nowhere", Side.PRE, 4, 1)]), gm, ("nowhere",)
+    gm.add_submodule("stray", Adaptor(STRAY))
+    return FoldAdaptors(), gm, ("head",)
+
+
+@pytest.mark.parametrize("kind", [DropRegions, InsertAdaptors, FoldAdaptors])
+def test_passes_refuse_under_torchs_manager_as_they_promise(kind: type[FxPass]) -> None:
+    rewrite, gm, nodes = unfit(kind)
+    before = names(gm)
+    with pytest.raises(Exception, match=kind.__name__) as caught:
+        PassManager(passes=[Canonicalize(), rewrite])(gm)
+    cause = caught.value.__cause__
+    assert isinstance(cause, PreconditionError)
+    assert str(cause).startswith(f"{kind.__name__}: ")
+    assert cause.nodes == nodes
+    assert names(gm) == before
+
+
+# --- Sequential, Prepare, Cut ---
+
+
+def test_a_sequence_runs_its_passes_in_order_and_is_a_pass() -> None:
+    ran: list[str] = []
+
+    def step(name: str, modified: bool) -> FxPass:
+        return Given(lambda gm: (ran.append(name), PassResult(gm, modified))[1])
+
+    gm = network()
+    assert not Sequential()(gm).modified
+    assert not Sequential(step("a", False), step("b", False))(gm).modified
+    result = PassManager(passes=[Sequential(step("c", True), Sequential(step("d", False)))])(gm)
+    assert result.graph_module is gm
+    assert result.modified
+    assert ran == ["a", "b", "c", "d"]
+
+
+def test_an_error_in_a_sequence_names_the_pass_and_what_ran_before() -> None:
+    error = GraphError("no such node", nodes=["here"])
+    with pytest.raises(PreconditionError) as caught:
+        Sequential(Canonicalize(), StoreWeights(), Checks(error), FoldAdaptors())(network())
+    assert str(caught.value) == (
+        "Sequential, in Checks after Canonicalize, StoreWeights: Checks: no such node"
+    )
+    assert caught.value.nodes == ("here",)
+    assert isinstance(caught.value.__cause__, PreconditionError)
+
+
+def test_preparing_is_canonicalising_and_storing_weights() -> None:
+    class Net(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.nothing(super().forward(x))
+
+    gm = fxprune.trace(Net().double().eval(), image_batch())
+    by_hand = copy.deepcopy(gm)
+    assert Canonicalize()(by_hand).modified
+    assert StoreWeights()(by_hand).modified
+    assert Prepare()(gm).modified
+    assert gm.code == by_hand.code
+    assert not Prepare()(gm).modified
+
+
+@torch.no_grad()
+def test_a_cut_is_its_three_passes_by_hand_and_runs_once() -> None:
+    gm = network()
+    (region,) = [r for label, r in regions(gm).items() if label == "stages.0.1"]
+    sites = find_sites(gm, [region]).sites
+    maps = {s: torch.eye(s.channels) + 0.1 * torch.randn(s.channels, s.channels) for s in sites}
+    assert len(sites) > 1
+    by_hand, bare, open_ = (copy.deepcopy(gm) for _ in range(3))
+    DropRegions([region])(by_hand)
+    Cut([region])(bare)
+    assert bare.code == by_hand.code
+    InsertAdaptors(sites)(by_hand)
+    for module in by_hand.modules():
+        if isinstance(module, Adaptor):
+            module.weight.copy_(maps[module.site])
+    Cut([region], maps, fold=False)(open_)
+    assert torch.equal(open_(image_batch()), by_hand(image_batch()))
+    FoldAdaptors()(by_hand)
+    result = PassManager(passes=[Cut([region], maps)], steps=3)(gm)
+    assert result.modified
+    assert gm.code == by_hand.code
+    assert torch.equal(gm(image_batch()), by_hand(image_batch()))
+    assert not torch.equal(gm(image_batch()), bare(image_batch()))
+    assert not Cut([region], maps)(gm).modified
+
+
+def test_a_map_that_does_not_fit_its_site_is_refused() -> None:
+    gm = network()
+    site = AdaptorSite("stages_0_0_branch_0", Side.PRE, 4, 1)
+    with pytest.raises(PreconditionError, match=r"has 4 channels, and the map is \[1, 4\]"):
+        InsertAdaptors({site: torch.ones(1, 4)})(gm)  # copying would spread it over all rows
 
 
 # --- DropRegions ---
@@ -428,11 +576,14 @@ class Norms(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "case", ["convolution twice", "norm twice", "output read", "no statistics", "training", "subclass"]
+    "case",
+    ["convolution twice", "norm twice", "output read", "no statistics", "training", "subclass", "hooked"],
 )
 @torch.no_grad()
 def test_pairs_that_do_not_qualify_are_left_alone(case: str) -> None:
     gm = fxprune.trace(Norms(case).double(), image_batch())
+    if case == "hooked":
+        gm.get_submodule("conv").register_forward_hook(lambda module, args, output: 2 * output)
     if case == "training":
         gm.get_submodule("bn").train()
     code, before = gm.code, {k: v.clone() for k, v in gm.state_dict().items()}

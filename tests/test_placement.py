@@ -72,9 +72,9 @@ def test_two_cuts_share_their_sites_and_none_lies_inside_a_cut() -> None:
 def test_sites_know_their_widths_and_where_channels_lie() -> None:
     gm = resnet()
     (region,) = [r for r in fxprune.discover(gm).regions if r.label == "stages.1.2"]
-    found = {s.operator: (s.channels, s.channel_dim, s.groups) for s in find_sites(gm, [region]).sites}
-    assert found["stages_1_0_conv"] == (6, 1, 1)
-    assert found["head"] == (6, -1, 1)  # it reads pooled features: pooling commutes with the map
+    found = {s.operator: (s.channels, s.channel_dim) for s in find_sites(gm, [region]).sites}
+    assert found["stages_1_0_conv"] == (6, 1)
+    assert found["head"] == (6, -1)  # it reads pooled features: pooling commutes with the map
 
 
 def test_a_cut_projection_leaves_its_shortcut_as_the_producer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -229,6 +230,83 @@ def test_in_place_operators_become_edges(front_end: str) -> None:
     assert torch.equal(gm(image_batch()), net(image_batch()))
     (last,) = gm.graph.output_node().all_input_nodes
     assert "mul" in last.all_input_nodes[0].name
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, training=True)
+
+
+def test_random_networks_are_told_from_those_that_cannot_be_traced() -> None:
+    with pytest.raises(TraceError, match=r"two runs of Dropping itself differ.*it is random"):
+        fxprune.trace(Dropping(), image_batch())
+
+
+class Chooses(nn.Module):
+    """Another function for large batches."""
+
+    def __init__(self, most: int = 3) -> None:
+        super().__init__()
+        self.most, self.conv = most, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.shape[0] <= self.most else 2 * self.conv(x)
+
+
+class Fixed(Chooses):
+    """Takes two images and no more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.stack([x[0], x[1]]) + x).view(2, -1)
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 3), (2, 3), (2, 40)])
+def test_a_trace_for_some_batch_sizes_is_refused_when_the_network_takes_others(count: int, most: int) -> None:
+    with pytest.raises(TraceError, match="branches on the batch size"):
+        fxprune.trace(Chooses(most).double(), image_batch(count))
+
+
+def test_a_network_that_fixes_its_own_batch_size_is_traced_with_it() -> None:
+    gm = fxprune.trace(Fixed().double(), image_batch(), front_end="export")  # its own restriction
+    assert has_shapes(gm)
+
+
+class Gathers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out = self.conv(inputs[0]) * self.conv(inputs[1])
+        return out.view(out.shape[0], -1)
+
+
+@torch.no_grad()
+def test_inputs_without_a_name_each_become_one_of_the_graph() -> None:
+    torch.manual_seed(0)
+    net = Gathers().double().eval()
+    with pytest.raises(TraceError, match=r"forward reads \*inputs"):
+        fxprune.trace(net, (image_batch(), image_batch()), front_end="fx")
+    both = image_batch(5), image_batch(5) + 1
+    for count in (1, 2):
+        gm = fxprune.trace(net, (image_batch(count), image_batch(count)))
+        assert len(gm.graph.find_nodes(op="placeholder")) == 2
+        assert torch.allclose(gm(*both), net(*both), rtol=0, atol=1e-12)
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+
+
+class Returns(Chooses):
+    def forward(self, x: Tensor) -> Scores:
+        return Scores(self.conv(x))
+
+
+def test_dataclasses_that_torch_does_not_look_into_are_refused_with_the_way_out() -> None:
+    with pytest.raises(TraceError, match=r"torch\.export\.register_dataclass\(Scores\)"):
+        fxprune.trace(Returns().double(), image_batch())
 
 
 @fx.wrap  # a leaf to the tracer, as some of torchvision's functions are

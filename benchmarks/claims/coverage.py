@@ -50,7 +50,7 @@ from fxprune.files import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.graph.trace import FrontEnd
-from fxprune.passes import Adaptor, Canonicalize, DropRegions, FoldAdaptors, InsertAdaptors, StoreWeights
+from fxprune.passes import Adaptor, Cut, DropRegions, FoldAdaptors, Prepare
 from fxprune.placement.placement import find_sites
 
 __all__ = ["Row", "main", "measure_case"]
@@ -174,8 +174,7 @@ def by_preference(discovery: Discovery) -> list[Region]:
 
 def prepared(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph as `compress` looks for regions in it; changed in place."""
-    Canonicalize()(gm)
-    StoreWeights()(gm)
+    Prepare()(gm)
     return gm
 
 
@@ -186,8 +185,7 @@ def check_fold(gm: fx.GraphModule, regions: Sequence[Region], inputs: Inputs, ro
         if not placement.sites:
             row.remarks.append(f"{region.label}: no site")
             continue
-        DropRegions((region,))(gm)
-        InsertAdaptors(placement.sites)(gm)
+        Cut((region,), placement.sites, fold=False)(gm)
         with torch.no_grad():
             for module in gm.modules():
                 if isinstance(module, Adaptor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import fx
 
@@ -11,7 +12,15 @@ from fxprune.graph import operators as ops
 from fxprune.graph.mutation import base_of
 from fxprune.graph.regions import Reason
 
-__all__ = ["Border"]
+__all__ = ["Border", "Refusal"]
+
+
+class Refusal(NamedTuple):
+    """Why a candidate is no region: a reason, a sentence, the nodes that show it (by default the join)."""
+
+    reason: Reason
+    detail: str
+    nodes: tuple[str, ...] = ()
 
 
 class Border:
@@ -54,14 +63,13 @@ class Border:
                     inside.add(source)
                     stack.append(source)
 
-    def crossing(
-        self, entry: fx.Node, exit_: fx.Node, body: Sequence[fx.Node]
-    ) -> tuple[Reason, str, tuple[str, ...]] | None:
-        """The first edge that forbids dropping the body: a reason, a sentence, its nodes; None without one."""
+    def crossing(self, entry: fx.Node, exit_: fx.Node, body: Sequence[fx.Node]) -> Refusal | None:
+        """The first edge that forbids dropping the body; None without one."""
         inside = set(body)
         for node in body:
             if node.op == "placeholder":
-                return Reason.FED_FROM_OUTSIDE, f"input {node.name} enters beside {entry.name}", (node.name,)
+                detail = f"input {node.name} enters beside {entry.name}"
+                return Refusal(Reason.FED_FROM_OUTSIDE, detail, (node.name,))
         for node in body:
             outside = [user for user in node.users if user not in inside] if node is not exit_ else []
             if outside:
@@ -69,26 +77,23 @@ class Border:
                 if leak is not None:
                     return leak
             if ops.mutated_input(self._gm, node) is not None and self._reaches(node, entry):
-                return (
-                    Reason.MUTATED_ENTRY,
-                    f"{node.name} changes {entry.name} in place",
-                    (node.name, entry.name),
-                )
+                detail = f"{node.name} changes {entry.name} in place"
+                return Refusal(Reason.MUTATED_ENTRY, detail, (node.name, entry.name))
         return None
 
     def _leak(
         self, node: fx.Node, exit_: fx.Node, outside: Sequence[fx.Node], inside: set[fx.Node]
-    ) -> tuple[Reason, str, tuple[str, ...]] | None:
+    ) -> Refusal | None:
         """Who outside needs the node's tensor, or a size of it; None when nobody does."""
         if node.name in self._flow and not self._dominance.post_dominates(exit_.name, node.name):
             witness = next((user for user in outside if user.name in self._flow), None)
             if witness is not None and self._dominance.is_live(witness.name):
                 sentence = f"{node.name} is used by {witness.name}"
-                return Reason.USED_OUTSIDE, sentence, (node.name, witness.name)
+                return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, witness.name))
         reader = self._size_used_outside(outside, inside)
         if reader is not None:
             sentence = f"a size of {node.name} is used by {reader.name}"
-            return Reason.USED_OUTSIDE, sentence, (node.name, reader.name)
+            return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, reader.name))
         return None
 
     def _reaches(self, node: fx.Node, entry: fx.Node) -> bool:

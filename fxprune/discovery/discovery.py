@@ -18,11 +18,11 @@ of a transformer layer, together form one more region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
-from fxprune.discovery.border import Border
+from fxprune.discovery.border import Border, Refusal
 from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.discovery.labels import Ignore, ignore_rule, label_of, with_unique_labels
 from fxprune.errors import GraphError, OptionError
@@ -122,52 +122,51 @@ class _Search:
             if node.op in ("placeholder", "output"):
                 continue
             sources = self.dominance.sources[name]
-            joins = len(sources) > 1 or (_adds_itself(node) and ops.is_addition(self.gm, node))
+            joins = len(sources) > 1 or (_adds_itself(node) and ops.op_name(self.gm, node) == "add")
             begins = chains and len(sources) == 1 and ops.owns_weights(self.gm, node)
             if not (joins or begins) or not self.dominance.is_live(name):
                 continue
             operands = [self.flow[source] for source in sources]
-            candidate = self._join(node, operands) if joins else self._chain(node, operands[0])
-            if candidate is not None:
-                yield candidate
+            found = self._join(node, operands) if joins else self._chain(node, operands[0])
+            if isinstance(found, Refusal):
+                entry, label = self.dominance.immediate(name) or "", ops.module_path(node) or name
+                yield Rejection(entry, name, found.reason, found.nodes or (name,), found.detail, label)
+            elif found is not None:
+                yield found
 
-    def _join(self, join: fx.Node, operands: list[fx.Node]) -> Region | Rejection | None:
+    def _join(self, join: fx.Node, operands: list[fx.Node]) -> Region | Refusal | None:
         name = ops.op_name(self.gm, join)
-        additive = name in ("add", "sub")
-        if not additive and name not in ("cat", "mul"):
+        if name not in ("add", "sub", "cat", "mul"):
             return None
         entry_name = self.dominance.immediate(join.name)
-
-        def refuse(reason: Reason, detail: str, nodes: Sequence[str] = ()) -> Rejection:
-            label = ops.module_path(join) or join.name
-            return Rejection(entry_name or "", join.name, reason, tuple(nodes) or (join.name,), detail, label)
-
         if entry_name is None:
             if name == "mul":
                 return None
-            return refuse(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
+            return Refusal(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
         entry = self.flow[entry_name]
         if name == "cat":
-            return refuse(Reason.CONCATENATION, f"{join.name} concatenates {len(operands)} tensors")
+            return Refusal(Reason.CONCATENATION, f"{join.name} concatenates {len(operands)} tensors")
         if name == "mul":
             gate = any(self._identity_path(operand, entry) for operand in operands)
             return (
-                refuse(Reason.MULTIPLICATIVE, f"{join.name} multiplies its entry by a gate") if gate else None
+                Refusal(Reason.MULTIPLICATIVE, f"{join.name} multiplies its entry by a gate")
+                if gate
+                else None
             )
         if not (ops.is_floating(join) and all(ops.is_floating(operand) for operand in operands)):
-            return refuse(Reason.DTYPE, f"{join.name} does not add floating-point tensors")
+            return Refusal(Reason.DTYPE, f"{join.name} does not add floating-point tensors")
         shape = ops.shape_of(join)
         if any(ops.shape_of(operand) != shape for operand in operands):
             shapes = [ops.shape_of(operand) for operand in operands]
-            return refuse(Reason.BROADCAST, f"operands of shape {shapes}")
+            return Refusal(Reason.BROADCAST, f"operands of shape {shapes}")
         if len(operands) == 1:
-            return refuse(Reason.NO_OPERATOR, f"{join.name} adds a tensor to itself")
+            return Refusal(Reason.NO_OPERATOR, f"{join.name} adds a tensor to itself")
         through = [operand for operand in operands if self._identity_path(operand, entry)]
         if through and _scale(join, through[0]) == 1.0:
-            return self._identity(join, entry, refuse)
+            return self._identity(join, entry)
         if through:
-            return refuse(Reason.SCALED, f"{join.name} scales its shortcut")
-        return self._projection(join, entry, operands, refuse)
+            return Refusal(Reason.SCALED, f"{join.name} scales its shortcut")
+        return self._projection(join, entry, operands)
 
     def _identity_path(self, node: fx.Node, entry: fx.Node) -> bool:
         """Whether additions and identities alone lead from `entry` to `node`."""
@@ -183,7 +182,7 @@ class _Search:
                 continue
             if ops.is_identity(self.gm, current):
                 stack.append(current.all_input_nodes[0])
-            elif ops.is_addition(self.gm, current) or ops.is_subtraction(self.gm, current):
+            elif ops.op_name(self.gm, current) in ("add", "sub"):
                 stack.extend(
                     operand
                     for operand in current.all_input_nodes
@@ -191,15 +190,13 @@ class _Search:
                 )
         return False
 
-    def _identity(
-        self, join: fx.Node, entry: fx.Node, refuse: Callable[..., Rejection]
-    ) -> Region | Rejection:
+    def _identity(self, join: fx.Node, entry: fx.Node) -> Region | Refusal:
         problem = _unlike(entry, join)
         if problem is not None:
-            return refuse(*problem)
+            return problem
         exit_ = self._absorb_activation(join, entry)
         self.join_of[exit_.name] = join
-        return self._bounded(entry, exit_, entry, Kind.IDENTITY, refuse)
+        return self._bounded(entry, exit_, entry, Kind.IDENTITY)
 
     def _absorb_activation(self, join: fx.Node, entry: fx.Node) -> fx.Node:
         node = join
@@ -214,21 +211,19 @@ class _Search:
             node = user
         return join
 
-    def _projection(
-        self, join: fx.Node, entry: fx.Node, operands: list[fx.Node], refuse: Callable[..., Rejection]
-    ) -> Region | Rejection:
+    def _projection(self, join: fx.Node, entry: fx.Node, operands: list[fx.Node]) -> Region | Refusal:
         linear = [
             (sum(ops.owns_weights(self.gm, n) for n in path), position, operand)
             for position, operand in enumerate(operands)
             if (path := self._linear_path(operand, entry)) is not None and _scale(join, operand) == 1.0
         ]
         if not linear:
-            return refuse(
+            return Refusal(
                 Reason.NO_IDENTITY_PATH,
                 f"neither operand of {join.name} is an identity or a projection of {entry.name}",
             )
         shortcut = min(linear)[2]
-        return self._bounded(entry, join, shortcut, Kind.PROJECTION, refuse)
+        return self._bounded(entry, join, shortcut, Kind.PROJECTION)
 
     def _linear_path(self, node: fx.Node, entry: fx.Node) -> list[fx.Node] | None:
         path = []
@@ -240,17 +235,15 @@ class _Search:
             node = sources[0]
         return path
 
-    def _bounded(
-        self, entry: fx.Node, exit_: fx.Node, bypass: fx.Node, kind: Kind, refuse: Callable[..., Rejection]
-    ) -> Region | Rejection:
+    def _bounded(self, entry: fx.Node, exit_: fx.Node, bypass: fx.Node, kind: Kind) -> Region | Refusal:
         body = self.border.body(entry, exit_)
         crossing = self.border.crossing(entry, exit_, body)
         if crossing is not None:
-            return refuse(*crossing)
+            return crossing
         dropped = self.border.dropped(body, exit_, bypass)
         weighted = [node for node in dropped if ops.owns_weights(self.gm, node)]
         if not weighted:
-            return refuse(Reason.NO_OPERATOR, "nothing with weights would disappear")
+            return Refusal(Reason.NO_OPERATOR, "nothing with weights would disappear")
         return Region(
             entry=entry.name,
             exit=exit_.name,
@@ -274,7 +267,7 @@ class _Search:
             last = user
         if len(source.users) != 1 or _unlike(source, last) is not None or not ops.is_dense(self.gm, operator):
             return None
-        found = self._bounded(source, last, source, Kind.SEQUENTIAL, lambda *a: _NOTHING)
+        found = self._bounded(source, last, source, Kind.SEQUENTIAL)
         return found if isinstance(found, Region) else None
 
     def composites(self, regions: list[Region]) -> list[Region]:
@@ -287,7 +280,7 @@ class _Search:
         for members in by_scope.values():
             for run in self._runs(members):
                 entry, exit_ = self.flow[run[0].entry], self.flow[run[-1].exit]
-                whole = self._bounded(entry, exit_, entry, Kind.IDENTITY, lambda *a: _NOTHING)
+                whole = self._bounded(entry, exit_, entry, Kind.IDENTITY)
                 if isinstance(whole, Region):
                     found.append(whole)
         return found
@@ -311,9 +304,6 @@ class _Search:
         return node.name == first.exit
 
 
-_NOTHING = Rejection("", "", Reason.NO_OPERATOR, (), "", "")
-
-
 def _adds_itself(node: fx.Node) -> bool:
     return len(node.args) > 1 and node.args[0] is node.args[1]
 
@@ -330,12 +320,13 @@ def _scale(join: fx.Node, operand: fx.Node) -> float:
     return float(alpha) * sign if len(join.args) > 1 and join.args[1] is operand else 1.0
 
 
-def _unlike(a: fx.Node, b: fx.Node) -> tuple[Reason, str] | None:
+def _unlike(a: fx.Node, b: fx.Node) -> Refusal | None:
     if (
         not (ops.is_floating(a) and ops.is_floating(b))
         or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype
     ):
-        return Reason.DTYPE, f"{a.name} and {b.name} do not hold one floating-point type"
+        return Refusal(Reason.DTYPE, f"{a.name} and {b.name} do not hold one floating-point type")
     if ops.shape_of(a) != ops.shape_of(b):
-        return Reason.SHAPE, f"{a.name} has shape {ops.shape_of(a)}, {b.name} has {ops.shape_of(b)}"
+        detail = f"{a.name} has shape {ops.shape_of(a)}, {b.name} has {ops.shape_of(b)}"
+        return Refusal(Reason.SHAPE, detail)
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import takewhile
+from itertools import count, takewhile
 
 from torch import fx, nn
 
@@ -46,14 +46,11 @@ def with_unique_labels(regions: Sequence[Region]) -> list[Region]:
         if label not in taken and all(inside.issuperset(regions[i].body) for i in members):
             renamed[largest] = label
             taken.add(label)
-        number = 0
+        free = (name for number in count(1) if (name := f"{label}#{number}") not in taken)
         for i in members:
-            while i not in renamed:
-                number += 1
-                name = f"{label}#{number}"
-                if name not in taken:
-                    renamed[i] = name
-                    taken.add(name)
+            if i not in renamed:
+                renamed[i] = next(free)
+                taken.add(renamed[i])
     return [replace(region, label=renamed[i]) for i, region in enumerate(regions)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from torch import fx
 
@@ -71,11 +72,8 @@ def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
     before, after = ops.shape_of(node.all_input_nodes[0]), _first_shape(node)
     if before is None or after is None or len(before) < 3:
         return False
-    elements = 1
-    for size in after[1:]:
-        elements *= size
-    channels = before[1] if len(before) > 3 or elements == before[1] else before[-1]
-    return elements in (channels, before[-1]) and _size(before) > _size(after)
+    left = math.prod(after[1:])
+    return left in (before[1], before[-1]) and left < math.prod(before[1:])  # one value a channel is left
 
 
 def _first_shape(node: fx.Node) -> tuple[int, ...] | None:
@@ -84,13 +82,6 @@ def _first_shape(node: fx.Node) -> tuple[int, ...] | None:
     if meta is not None and not hasattr(meta, "shape"):
         meta = meta[0]
     return None if meta is None else tuple(meta.shape)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape[1:]:
-        size *= extent
-    return size
 
 
 def output_tap(gm: fx.GraphModule) -> tuple[str, ...]:

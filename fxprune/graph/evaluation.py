@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.unwrap import copy_memo
 
 __all__ = ["evaluation_copy", "to_evaluation"]
 
@@ -34,7 +35,7 @@ def evaluation_copy(model: Module) -> Module:
         TraceError: The model cannot be copied.
     """
     try:
-        duplicate = copy.deepcopy(model)
+        duplicate = copy.deepcopy(model, copy_memo(model))
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"

@@ -7,7 +7,7 @@ method, or an ATen operator from `torch.export`; the words are in `fxprune.graph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,14 +18,11 @@ from fxprune.graph import vocabulary
 
 __all__ = [
     "MUTATES",
-    "data_inputs",
     "fixed_interval",
-    "is_addition",
     "is_dense",
     "is_elementwise",
     "is_identity",
     "is_linear",
-    "is_subtraction",
     "module_of",
     "module_path",
     "mutated_input",
@@ -99,11 +96,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return None if meta is None else tuple(meta.shape)
 
 
-def data_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    """Input nodes, in argument order, each once."""
-    yield from dict.fromkeys(node.all_input_nodes)
-
-
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
@@ -124,16 +116,6 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     if name in ("dropout", "stochastic_depth"):
         return _is_idle_dropout(gm, node, name)
     return name in ("identity", "copy")
-
-
-def is_addition(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a tensor addition."""
-    return op_name(gm, node) == "add"
-
-
-def is_subtraction(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a tensor subtraction."""
-    return op_name(gm, node) == "sub"
 
 
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -210,20 +192,24 @@ def owns_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
+def _scope(node: fx.Node) -> tuple[str, str]:
+    """Key and path of the module call that executed a node; "" for the root's, and a graph module's, which is flat."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    key, (path, kind) = next(reversed(stack.items()))
+    if isinstance(kind, type) and issubclass(kind, fx.GraphModule):
+        return "", ""
+    path = str(path).removeprefix("L['self']").removeprefix(".")
+    return str(key) if path else "", path
+
+
 def scope_key(node: fx.Node) -> str:
     """Identifies the module *call* that executed the node ("" for the root's own forward)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return str(next(reversed(stack))) if path and path != "L['self']" else ""
+    return _scope(node)[0]
 
 
 def module_path(node: fx.Node) -> str:
     """Path of the module that the node calls, or of the one whose forward executed it; "" for the root."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return path.removeprefix("L['self']").removeprefix(".")
+    return str(node.target) if node.op == "call_module" else _scope(node)[1]
 
 
 def is_floating(node: fx.Node) -> bool:

@@ -122,11 +122,9 @@ class AdaptorSite:
         side: Before or after it.
         channels: Width of the adaptor, a square map.
         channel_dim: Dimension of the operator's data tensor that holds the channels (1 or -1).
-        groups: Diagonal blocks of the adaptor; 1 is a dense map.
     """
 
     operator: str
     side: Side
     channels: int
     channel_dim: int
-    groups: int = 1

@@ -15,7 +15,7 @@ from fxprune.errors import GraphError
 from fxprune.graph.call import bind
 from fxprune.graph.operators import MUTATES
 
-__all__ = ["has_shapes", "propagate_shapes"]
+__all__ = ["has_shapes", "propagate_shapes", "unfit"]
 
 
 def _metadata(value: Any) -> Any:
@@ -87,9 +87,13 @@ def propagate_shapes(
             with torch.no_grad():
                 _Recorder(gm).run(*copies, enable_io_processing=False)
         except Exception as error:
-            shapes = [tuple(v.shape) for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
-            message = (
-                f"the network does not run on example inputs of shape {shapes}: {error}; give inputs of the shape, "
-                "type and device that the network takes"
-            )
-            raise GraphError(message) from fake_error
+            raise unfit(values, error) from fake_error
+
+
+def unfit(inputs: Any, error: Exception) -> GraphError:
+    """The error for inputs that a network does not run on."""
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    return GraphError(
+        f"the network does not run on example inputs of shape {shapes}: {error}; give inputs of the shape, type and "
+        "device that the network takes"
+    )

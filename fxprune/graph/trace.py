@@ -6,6 +6,7 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
-from fxprune.errors import GraphError, OptionError, TraceError
+from fxprune.errors import OptionError, TraceError
 from fxprune.graph.evaluation import evaluation_copy, to_evaluation
 from fxprune.graph.mutation import show_mutation
-from fxprune.graph.shapes import propagate_shapes
+from fxprune.graph.shapes import propagate_shapes, unfit
+from fxprune.graph.unwrap import inner, unwrapped
 
 __all__ = ["FrontEnd", "split_inputs", "trace"]
 
@@ -96,6 +98,11 @@ def _symbolic(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[nn.Module], bool]
 ) -> fx.GraphModule:
     graph = _Tracer(is_leaf).trace(model, _unused_defaults(model, args, kwargs))
+    for node in graph.find_nodes(op="placeholder"):
+        if str(node.target).startswith("*") and node.users:
+            raise TraceError(
+                f"forward reads {node.target}, and a graph needs one input for each tensor: name them"
+            )
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
@@ -132,13 +139,62 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     spec = pytree.tree_map_only(
         torch.Tensor, lambda t: {0: torch.export.Dim.AUTO} if t.dim() else {}, (doubled_args, doubled_kwargs)
     )
-    names = list(inspect.signature(model.forward).parameters)
-    shapes = {**dict(zip(names, spec[0], strict=False)), **spec[1]}
+    shapes = dict(inspect.signature(model.forward).bind(*spec[0], **spec[1]).arguments)
     try:
         program = torch.export.export(model, doubled_args, doubled_kwargs, dynamic_shapes=shapes)
     except Exception:  # a network that fixes its batch size still traces, with that size
         program = torch.export.export(model, args, kwargs)
-    return _from_program(program)
+    gm = _from_program(program)
+    # where the code branches on the batch size, the constraint tells up to where; infinity is no such bound
+    most = max((int(r.upper) for r in program.range_constraints.values() if r.upper < 1024), default=0)
+    _check_free_batch(model, gm, most, doubled_args, doubled_kwargs)
+    return gm
+
+
+def _run(network: nn.Module, inputs: Any) -> list[Any]:
+    """The values that a network yields on copies of its inputs, which it may change."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    values = pytree.tree_leaves(network(*args, **kwargs))
+    for value in values:
+        if is_dataclass(value) and any(
+            isinstance(getattr(value, f.name), torch.Tensor) for f in fields(value)
+        ):
+            name = type(value).__name__
+            raise TraceError(
+                f"the network returns a {name}, a dataclass that torch does not look into: call "
+                f"torch.export.register_dataclass({name}) first, or return a dict"
+            )
+    return values
+
+
+def _agree(wanted: Sequence[Any], found: Sequence[Any]) -> bool:
+    tensors = [(w, f) for w, f in zip(wanted, found, strict=False) if isinstance(w, torch.Tensor)]
+    return all(
+        w.shape == f.shape and torch.allclose(w, f, rtol=1e-3, atol=1e-5, equal_nan=True) for w, f in tensors
+    )
+
+
+@torch.no_grad()
+def _check_free_batch(model: nn.Module, gm: fx.GraphModule, most: int, *inputs: Any) -> None:
+    """Refuses a graph that holds for few batch sizes where the module, which may fix its own, takes more."""
+    longer = pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: t[torch.arange(max(2 * len(t), most) + 1) % len(t)] if t.dim() and len(t) else t,
+        inputs,
+    )
+    try:
+        wanted = _run(model, longer)
+    except Exception:  # the module fixes its batch size itself
+        return
+    try:
+        free = _agree(wanted, _run(gm, longer))
+    except Exception:
+        free = False
+    if not free:
+        raise TraceError(
+            "the graph is right for some batch sizes only: a forward that branches on the batch size, or makes a "
+            "number of it, cannot be compressed; let it work on any"
+        )
 
 
 @torch.no_grad()
@@ -148,36 +204,33 @@ def _check_same_function(
     """Runs both on the examples: symbolic tracing reads `x += y` as `x = x + y`, and may freeze a choice."""
     if not (args or kwargs) or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return gm
-    given = [pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) for _ in range(2)]
-    wanted = pytree.tree_leaves(model(*given[0][0], **given[0][1]))
-    found = pytree.tree_leaves(gm(*given[1][0], **given[1][1]))
-    tensors = [(w, f) for w, f in zip(wanted, found, strict=False) if isinstance(w, torch.Tensor)]
+    wanted, found = _run(model, (args, kwargs)), _run(gm, (args, kwargs))
     if len(wanted) != len(found):
         raise TraceError(f"the graph yields {len(found)} values where the module yields {len(wanted)}")
-    for one, other in tensors:
-        close = one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
-        if not close:
-            raise TraceError(
-                "the graph computes something else than the module on the example inputs; an in-place operator such as "
-                "`x += y`, whose x is read again, is the usual cause: write `x = x + y`"
-            )
+    if not _agree(wanted, found):
+        raise TraceError(
+            "the graph computes something else than the module on the example inputs; an in-place operator such as "
+            "`x += y`, whose x is read again, is the usual cause: write `x = x + y`"
+        )
     return gm
 
 
 @torch.no_grad()
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tells inputs that the network does not take from a network that cannot be traced."""
+    """Tells inputs that the network does not take, and random networks, from those that cannot be traced."""
     if not (args or kwargs):
         return
-    given = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
-        model(*given[0], **given[1])
+        same = _agree(_run(model, (args, kwargs)), _run(model, (args, kwargs)))
+    except TraceError:
+        raise
     except Exception as error:  # whatever the network raises, the examples are what it raised it on
-        shapes = [tuple(t.shape) for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
-        raise GraphError(
-            f"the network does not run on example inputs of shape {shapes}: {error}; give inputs of the shape, type "
-            "and device that the network takes"
-        ) from error
+        raise unfit((args, kwargs), error) from error
+    if not same:
+        raise TraceError(
+            f"two runs of {type(model).__name__} itself differ on the same inputs: it is random in evaluation mode "
+            "(F.dropout without training=self.training, torch.randn, ...), so no graph can be checked against it"
+        )
 
 
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
@@ -192,6 +245,7 @@ def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     return TraceError("\n".join(lines))
 
 
+@torch.inference_mode(False)
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
@@ -203,7 +257,8 @@ def trace(
     The result shares no parameter with the model, which stays as it was.
 
     Args:
-        model: A module, a graph module, or an exported program.
+        model: A module, which may be wrapped by `torch.compile` or `DataParallel`; a graph module; or an exported
+            program.
         example_inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments); dimension 0 is the
             batch. Without them an FX trace has no shapes, and discovery will ask for them.
         front_end: `fx` traces symbolically, `export` uses `torch.export`, `auto` tries them in this order.
@@ -213,11 +268,13 @@ def trace(
 
     Raises:
         OptionError: `front_end` is unknown.
-        TraceError: The network cannot be captured; the message names the statement in its code, and the way out.
+        TraceError: The network cannot be captured; the message names the statement in its code, and the way out. It
+            is random, TorchScript, or not initialised, or `torch.autocast` is on.
         GraphError: The network does not run on the example inputs.
     """
     if front_end not in ("auto", "fx", "export"):
         raise OptionError(f"front_end is {front_end!r}; it must be 'auto', 'fx' or 'export'")
+    model = unwrapped(model)
     args, kwargs = split_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
         return _finish(copy.deepcopy(_from_program(model)), args, kwargs)
@@ -242,6 +299,8 @@ def _capture(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
         )
     private = evaluation_copy(model)
+    for part in list(private.modules()):
+        part._modules.update({name: inner(child) for name, child in part._modules.items()})
     failures: dict[str, BaseException] = {}
     routes: list[tuple[str, Callable[[], fx.GraphModule]]] = [
         ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=True))),

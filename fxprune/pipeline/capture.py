@@ -24,6 +24,7 @@ from fxprune.calibration.loading import iterate, narrow
 from fxprune.errors import CalibrationError, GraphError, OptionError
 from fxprune.graph.call import Inputs
 from fxprune.graph.evaluation import evaluation_copy
+from fxprune.graph.unwrap import unwrapped
 
 __all__ = ["capture_inputs", "device_of", "submodule_of"]
 
@@ -92,6 +93,7 @@ def capture_inputs(
         CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
             in shape from one image to the next; the message names both shapes.
     """
+    model = unwrapped(model)
     submodule_of(model, path)
     if limit < 1:
         raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")

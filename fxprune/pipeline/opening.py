@@ -33,9 +33,10 @@ from fxprune.graph.extract import ancestors
 from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.graph.trace import trace
+from fxprune.graph.unwrap import inner, unwrapped
 from fxprune.memory import memory_explained
 from fxprune.options import Options
-from fxprune.passes import Canonicalize, StoreWeights
+from fxprune.passes import Prepare
 from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
@@ -68,6 +69,7 @@ def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
     Raises:
         FxpruneError: As `fxprune.compress` says.
     """
+    model = unwrapped(model)
     if options.submodule is not None and not isinstance(model, nn.Module):
         raise OptionError("submodule= names a part of a module, and an exported program has none")
     options = options.filled(_device(options.device, model), options.threads or default_threads())
@@ -178,7 +180,7 @@ def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, An
     captured = capture_inputs(
         model, options.submodule, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
     )
-    return captured, model.get_submodule(options.submodule)
+    return captured, inner(model.get_submodule(options.submodule))
 
 
 def _input_names(model: Any) -> tuple[str, ...]:
@@ -195,8 +197,8 @@ def _capture(model: Any, images: CalibrationSet, device: str) -> fx.GraphModule:
     inputs = None if isinstance(model, fx.GraphModule) else example.to(_device(None, model)).given
     try:
         traced = trace(model, inputs)
-        Canonicalize()(traced)
-        StoreWeights()(traced)
+        _check_finite(traced)
+        Prepare()(traced)
         traced.to(device)
         placed = example.to(device)
         propagate_shapes(traced, placed.args, placed.kwargs)
@@ -206,6 +208,14 @@ def _capture(model: Any, images: CalibrationSet, device: str) -> fx.GraphModule:
             f"the network does not accept the calibration images of shape {shapes}: {error}"
         ) from error
     return traced
+
+
+def _check_finite(graph: fx.GraphModule) -> None:
+    bad = [name for name, p in graph.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise CalibrationError(
+            f"weights are nan or infinite: {', '.join(bad[:4])}; check how they were loaded"
+        )
 
 
 def _check_type(model: Any, images: CalibrationSet) -> None:

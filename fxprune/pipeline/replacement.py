@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import GraphError
 from fxprune.graph.call import Inputs
 from fxprune.graph.evaluation import evaluation_copy
+from fxprune.graph.unwrap import inner, unwrapped
 from fxprune.pipeline.capture import device_of, submodule_of
 
 __all__ = ["replace_submodule"]
@@ -46,7 +47,8 @@ def replace_submodule(
         TraceError: The model cannot be copied.
         GraphError: The part's outputs differ from the original's in structure, shape or type.
     """
-    original = submodule_of(model, path)
+    model = unwrapped(model)
+    original = inner(submodule_of(model, path))
     whole = evaluation_copy(model)
     placed = evaluation_copy(part).to(device_of(original, model))
     frozen = {name: p.requires_grad for name, p in original.named_parameters(remove_duplicate=False)}
@@ -54,7 +56,9 @@ def replace_submodule(
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
     _forward_attributes(original, placed)
     if example is not None:
-        _restore_outputs(whole.get_submodule(path), placed, example.to(device_of(original, model)), path)
+        _restore_outputs(
+            inner(whole.get_submodule(path)), placed, example.to(device_of(original, model)), path
+        )
     parent, _, name = path.rpartition(".")
     setattr(whole.get_submodule(parent), name, placed)
     return whole

@@ -11,13 +11,22 @@ commutes with reflect, replicate and circular padding, with stride and with dila
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 from torch import Tensor
 
 from fxprune.errors import FoldError
-from fxprune.placement.dense import Layout
 
-__all__ = ["fold_bias_post", "fold_post", "fold_pre"]
+__all__ = ["Layout", "fold_bias_post", "fold_post", "fold_pre"]
+
+
+class Layout(str, Enum):
+    """How a weight tensor holds its output and input channels."""
+
+    CONV = "conv"  # [out, in / groups, *kernel], channels at dimension 1 of the data
+    CONV_TRANSPOSE = "conv_transpose"  # [in, out / groups, *kernel]
+    LINEAR = "linear"  # [out, in], channels last
 
 
 def _check(adaptor: Tensor, channels: int) -> None:

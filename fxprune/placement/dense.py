@@ -10,23 +10,17 @@ import copy
 import inspect
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
+from fxprune.placement.algebra import Layout
 
-__all__ = ["DenseOperator", "Layout", "OperatorIndex"]
-
-
-class Layout(str, Enum):
-    """How a weight tensor holds its output and input channels."""
-
-    CONV = "conv"  # [out, in / groups, *kernel], channels at dimension 1 of the data
-    CONV_TRANSPOSE = "conv_transpose"  # [in, out / groups, *kernel]
-    LINEAR = "linear"  # [out, in], channels last
+__all__ = ["DenseOperator", "OperatorIndex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,59 +29,43 @@ class DenseOperator:
 
     Attributes:
         node: Name of the operator's node.
-        layout: How its weights are laid out.
         read: Qualified name of the weight that meets the input (a PRE adaptor folds into it).
         write: Qualified name of the weight that yields the output (a POST adaptor folds into it).
         bias: Qualified name of the bias added after `write`, None without one.
         in_channels: Channels read.
         out_channels: Channels written.
-        groups: Groups of the map; adaptors fold only into 1.
-        channel_dim: Dimension of the data tensors that holds the channels: 1 or -1.
         data: Names of the nodes it reads data from (one, but three times the same for attention).
         output: Name of the node that holds its output tensor (an item of the result, for attention).
         refusal: Why no adaptor may stand here, "" when one may.
+        layout: How its weights are laid out.
+        groups: Groups of the map; adaptors fold only into 1.
     """
 
     node: str
-    layout: Layout
     read: str
     write: str
     bias: str | None
     in_channels: int
     out_channels: int
-    groups: int
-    channel_dim: int
     data: tuple[str, ...]
     output: str
-    refusal: str = ""
+    refusal: str
+    layout: Layout = Layout.LINEAR
+    groups: int = 1
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the data tensors that holds the channels: 1 or -1."""
+        return -1 if self.layout is Layout.LINEAR else 1
 
 
-_MODULE_LAYOUTS: tuple[tuple[type[nn.Module], Layout], ...] = (
-    (nn.Conv1d, Layout.CONV),
-    (nn.Conv2d, Layout.CONV),
-    (nn.Conv3d, Layout.CONV),
-    (nn.ConvTranspose1d, Layout.CONV_TRANSPOSE),
-    (nn.ConvTranspose2d, Layout.CONV_TRANSPOSE),
-    (nn.ConvTranspose3d, Layout.CONV_TRANSPOSE),
-    (nn.Linear, Layout.LINEAR),
-)
-_FUNCTION_LAYOUTS: dict[str, Layout] = {
-    "conv1d": Layout.CONV,
-    "conv2d": Layout.CONV,
-    "conv3d": Layout.CONV,
-    "conv_transpose1d": Layout.CONV_TRANSPOSE,
-    "conv_transpose2d": Layout.CONV_TRANSPOSE,
-    "conv_transpose3d": Layout.CONV_TRANSPOSE,
+_LAYOUTS = {
     "linear": Layout.LINEAR,
+    **{f"conv{n}d": Layout.CONV for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": Layout.CONV_TRANSPOSE for n in (1, 2, 3)},
 }
 _ATTENTION_FUNCTIONS = {"shifted_window_attention", "shifted_window_attention_3d"}
 """Functions over tokens that keep their projections as `qkv_weight` and `proj_weight`, with `proj_bias`."""
-_GROUPS_POSITION = {Layout.CONV: 6, Layout.CONV_TRANSPOSE: 6}
-
-
-def _fetch(gm: fx.GraphModule, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(gm.get_submodule(owner), attribute, None)
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:
@@ -113,7 +91,7 @@ class OperatorIndex:
                 calls.append(str(node.target))
                 owned.extend(_parameter_ids(ops.module_of(gm, node)))
             elif node.op == "get_attr":
-                value = _fetch(gm, str(node.target))
+                value = attrgetter(str(node.target))(gm)
                 if isinstance(value, nn.Parameter):
                     owned.extend([id(value)] * len(node.users))
         self._calls, self._owners = Counter(calls), Counter(owned)
@@ -142,21 +120,15 @@ class OperatorIndex:
         return None
 
     def _read(self, node: fx.Node) -> DenseOperator | None:
-        if node.op == "call_module":
-            module = ops.module_of(self._gm, node)
-            if isinstance(module, nn.MultiheadAttention):
-                return self._attention(node, module)
-            for kind, layout in _MODULE_LAYOUTS:
-                if isinstance(module, kind):
-                    return self._module(node, module, layout)
-            return None
-        if node.op != "call_function":
-            return None
-        name = ops.op_name(self._gm, node)
+        module, name = ops.module_of(self._gm, node), ops.op_name(self._gm, node)
+        if isinstance(module, nn.MultiheadAttention):
+            return self._attention(node, module)
         if name in _ATTENTION_FUNCTIONS:
             return self._attention_function(node)
-        function_layout = _FUNCTION_LAYOUTS.get(name)
-        return None if function_layout is None else self._function(node, function_layout)
+        layout = _LAYOUTS.get(name)
+        if layout is None:
+            return None
+        return self._function(node, layout) if module is None else self._module(node, module, layout)
 
     def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
         source = node.args[0] if node.args else node.kwargs.get("input")
@@ -165,19 +137,19 @@ class OperatorIndex:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor):
             return None
-        refusal = self._module_refusal(node, module, layout)
+        refusal = self._module_refusal(node, module)
         path = f"{node.target}."
         bias = f"{path}bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
         return self._build(
             node, layout, f"{path}weight", bias, weight, getattr(module, "groups", 1), source, refusal
         )
 
-    def _module_refusal(self, node: fx.Node, module: nn.Module, layout: Layout) -> str:
+    def _module_refusal(self, node: fx.Node, module: nn.Module) -> str:
         if self._calls[str(node.target)] > 1:
             return "the module is called more than once"
         if "weight" not in module._parameters:
             return "its weight is parametrised"
-        plain = next(kind for kind, known in _MODULE_LAYOUTS if known is layout and isinstance(module, kind))
+        plain = next(kind for kind in type(module).__mro__ if kind in vocabulary.MODULE_NAMES)
         if type(module).forward is not plain.forward and not _is_plain_map(module):
             return f"{type(module).__name__} does not apply its weight as {plain.__name__} does"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -194,12 +166,11 @@ class OperatorIndex:
             if isinstance(part, fx.Node):
                 if part.op != "get_attr":
                     refusal = "its weight is computed, not stored"
-                elif not isinstance(_fetch(self._gm, str(part.target)), torch.Tensor):
+                elif not isinstance(attrgetter(str(part.target))(self._gm), torch.Tensor):
                     refusal = "its weight is not a tensor"
         groups = node.kwargs.get("groups", 1)
-        position = _GROUPS_POSITION.get(layout)
-        if position is not None and len(node.args) > position:
-            groups = node.args[position]
+        if len(node.args) > 6:  # of convolutions, transposed or not; linear layers take three arguments
+            groups = node.args[6]
         stored = self._stored(weight)
         tensor = torch.empty(ops.shape_of(weight) or (), device="meta") if stored is None else stored[1]
         bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
@@ -226,24 +197,23 @@ class OperatorIndex:
             refusal = "it is grouped"
         return DenseOperator(
             node=node.name,
-            layout=layout,
             read=weight,
             write=weight,
             bias=bias,
             in_channels=in_channels,
             out_channels=out_channels,
-            groups=count,
-            channel_dim=-1 if layout is Layout.LINEAR else 1,
             data=(source.name,),
             output=node.name,
             refusal=refusal or self._tensor_refusal(tensor),
+            layout=layout,
+            groups=count,
         )
 
     def _stored(self, node: Any) -> tuple[str, torch.Tensor] | None:
         """Name and value of the tensor that a `get_attr` node reads."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        value = _fetch(self._gm, str(node.target))
+        value = attrgetter(str(node.target))(self._gm)
         return (str(node.target), value) if isinstance(value, torch.Tensor) else None
 
     def _tensor_refusal(self, weight: torch.Tensor) -> str:
@@ -271,14 +241,11 @@ class OperatorIndex:
             refusal = "its weight is parametrised"
         return DenseOperator(
             node=node.name,
-            layout=Layout.LINEAR,
             read=f"{path}in_proj_weight",
             write=f"{path}out_proj.weight",
             bias=f"{path}out_proj.bias" if module.out_proj.bias is not None else None,
             in_channels=module.embed_dim,
             out_channels=module.embed_dim,
-            groups=1,
-            channel_dim=-1,
             data=tuple(s.name for s in sources if isinstance(s, fx.Node)),
             output=items[0].name,
             refusal=refusal
@@ -297,14 +264,11 @@ class OperatorIndex:
             return None
         return DenseOperator(
             node=node.name,
-            layout=Layout.LINEAR,
             read=reading[0],
             write=writing[0],
             bias=str(bias.target) if isinstance(bias, fx.Node) else None,
             in_channels=reading[1].shape[1],
             out_channels=writing[1].shape[0],
-            groups=1,
-            channel_dim=-1,
             data=(source.name,),
             output=node.name,
             refusal=self._tensor_refusal(reading[1]) or self._tensor_refusal(writing[1]),

@@ -131,7 +131,7 @@ class _Walk:
                     self.sites[AdaptorSite(operator.node, side, channels, operator.channel_dim)] = None
                     continue
                 self.refused[SiteRefusal(operator.node, side, operator.refusal)] = None
-                if operator.refusal != "it is grouped":
+                if operator.groups == 1:
                     continue
             elif operator is not None:
                 continue
@@ -157,7 +157,7 @@ class _Walk:
     def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """Inputs of a node that carry the stream, once the regions are dropped."""
         shape = ops.shape_of(node)
-        for source in ops.data_inputs(node):
+        for source in node.all_input_nodes:
             while source.name in self._bypass:  # regions that follow one another are passed over together
                 source = self._nodes[self._bypass[source.name].bypass]
             if len(node.all_input_nodes) == 1 or ops.shape_of(source) == shape or shape is None:

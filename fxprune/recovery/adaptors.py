@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph.extract import share
 from fxprune.graph.regions import AdaptorSite, Region
-from fxprune.passes import Adaptor, DropRegions, InsertAdaptors
+from fxprune.passes import Adaptor, Cut
 from fxprune.placement.placement import find_sites
 from fxprune.recovery.features import surviving_tap
 
@@ -48,8 +48,7 @@ class Candidate:
         self.regions = tuple(regions)
         self.placement = find_sites(gm, self.regions)
         self.graph = share(gm)
-        DropRegions(self.regions)(self.graph)
-        InsertAdaptors(self.placement.sites)(self.graph)
+        Cut(self.regions, self.placement.sites, fold=False)(self.graph)
         self.tap = surviving_tap(tap, self.regions)
         self.adaptors = {m.site: m for m in self.graph.modules() if isinstance(m, Adaptor)}
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings
-from fxprune.passes import Adaptor, DropRegions, FoldAdaptors, InsertAdaptors
+from fxprune.passes import Cut, FoldAdaptors
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
@@ -59,14 +59,9 @@ def cut_and_fold(
         relative to the largest feature; None when there are no maps.
     """
     student = copy.deepcopy(original.graph)
-    DropRegions(regions)(student)
+    Cut(regions, maps, fold=False)(student)
     if not maps:
         return student, None
-    InsertAdaptors(list(maps))(student)
-    for module in student.modules():
-        if isinstance(module, Adaptor):
-            module.weight.copy_(maps[module.site])
-            module.weight.requires_grad_(False)
     survivors = surviving_tap(original.tap, regions)
     example = original.images.example(8).to(original.device)
     inserted = FeatureReader(student, survivors)(example)
@@ -99,7 +94,7 @@ def recover(
     teacher = FeatureReader(original.graph, original.tap, fold=True)
     reader = FeatureReader(student, surviving_tap(original.tap, regions))
     before = mean_feature_loss(teacher, reader, images, device=device)
-    parameters = trainable_parameters(reader.part)
+    parameters = trainable_parameters(reader.part, student)
     if not parameters or not settings.iterations:
         return Recovered(student, before, before, fold_error)
 
@@ -130,7 +125,7 @@ def _fit_or_undo(
     student: nn.Module, fit: Callable[[FitSettings], float], settings: FitSettings, before: float
 ) -> tuple[float, list[str]]:
     """Fits, and goes back to the start where that raised the error; returns the error in the end, and notes."""
-    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    start = copy.deepcopy(student.state_dict())  # quantised modules keep more than tensors in it
     notes: list[str] = []
     for left in range(settings.retries, -1, -1):
         try:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,22 +33,23 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def trainable_parameters(part: fx.GraphModule) -> list[nn.Parameter]:
-    """Parameters that a part computes with once; those with several call sites stay as they are."""
-    calls = Counter(str(node.target) for node in part.graph.nodes if node.op == "call_module")
-    uses: Counter[int] = Counter()
-    found: dict[int, nn.Parameter] = {}
-    for target, count in calls.items():
-        for parameter in part.get_submodule(target).parameters():
-            uses[id(parameter)] += count
-            found[id(parameter)] = parameter
-    for node in part.graph.find_nodes(op="get_attr"):
-        owner, _, name = str(node.target).rpartition(".")
-        value = getattr(part.get_submodule(owner), name, None)
-        if isinstance(value, nn.Parameter):
-            uses[id(value)] += len(node.users)
-            found[id(value)] = value
-    return [p for key, p in found.items() if uses[key] == 1 and p.is_floating_point()]
+def trainable_parameters(part: fx.GraphModule, whole: fx.GraphModule | None = None) -> list[nn.Parameter]:
+    """Parameters that a part computes with; those with several call sites in the whole network stay as they are."""
+    uses = _uses(whole or part)
+    return [p for p in _uses(part) if uses[p] == 1 and p.is_floating_point()]
+
+
+def _uses(gm: fx.GraphModule) -> Counter[nn.Parameter]:
+    """How often a graph computes with each of its parameters."""
+    uses: Counter[nn.Parameter] = Counter()
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            uses.update(gm.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            value = attrgetter(str(node.target))(gm)
+            if isinstance(value, nn.Parameter):
+                uses[value] += len(node.users)
+    return uses
 
 
 def adaptable_norms(part: fx.GraphModule) -> list[_BatchNorm]:
