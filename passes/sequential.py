@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.errors import FxpruneError
+from fxprune.errors import FxpruneError, GraphError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.passes.base import FxPass
 from fxprune.passes.canonicalize import Canonicalize
@@ -58,7 +58,7 @@ class Prepare(Sequential):
 class Cut(Sequential):
     """Cuts regions out, and closes the gap with adaptors: `DropRegions`, `InsertAdaptors`, `FoldAdaptors`.
 
-    Where all regions are gone already, nothing happens: their adaptors would be folded in twice.
+    Where all regions are gone already, nothing happens; where some are, it refuses: adaptors would fold in twice.
 
     Args:
         regions: As for `DropRegions`; those of a plan are its `regions`.
@@ -73,8 +73,16 @@ class Cut(Sequential):
         *,
         fold: bool = True,
     ) -> None:
-        self._drop = DropRegions(regions)
+        self._drop, self._count = DropRegions(regions), len(regions)
         super().__init__(self._drop, InsertAdaptors(maps), *([FoldAdaptors()] if fold else []))
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Either all regions are still there, or none."""
+        left = [region.label for region in self._drop.pending(graph_module)]
+        if 0 < len(left) < self._count:
+            raise GraphError(
+                f"of {self._count} regions only {', '.join(left)} are still there; cut these alone"
+            )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs all of them, once."""

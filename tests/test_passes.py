@@ -291,6 +291,8 @@ def test_a_cut_is_its_three_passes_by_hand_and_runs_once() -> None:
     assert torch.equal(gm(image_batch()), by_hand(image_batch()))
     assert not torch.equal(gm(image_batch()), bare(image_batch()))
     assert not Cut([region], maps)(gm).modified
+    with pytest.raises(PreconditionError, match=r"of 2 regions only stages\.0\.0 are still there"):
+        Cut([region, regions(network())["stages.0.0"]], maps)(gm)
 
 
 def test_a_map_that_does_not_fit_its_site_is_refused() -> None:
