@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fxprune.api import compress, export_onnx, measure, report, sweep
     from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
-    from fxprune.graph.trace import trace
+    from fxprune.tracing.trace import trace
 
 __all__ = [
     "FxpruneError",
@@ -37,7 +37,7 @@ _HOME = {
     "measure": "fxprune.api",
     "report": "fxprune.api",
     "sweep": "fxprune.api",
-    "trace": "fxprune.graph.trace",
+    "trace": "fxprune.tracing.trace",
 }
 
 

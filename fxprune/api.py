@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
-from fxprune.graph.unwrap import unwrapped
 from fxprune.measurements import LatencyComparison
 from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
@@ -21,6 +20,7 @@ from fxprune.pipeline.stages import choose, repair, score, survey
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.timing import latency as timing
+from fxprune.tracing.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.evaluation import evaluation_copy, to_evaluation
+from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
 
 
 class Holds(nn.Module):

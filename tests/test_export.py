@@ -20,7 +20,7 @@ from torchvision.models import VisionTransformer
 from fxprune.errors import ExportError, OptionError, ParityError
 from fxprune.export import onnx_file, serving
 from fxprune.export.attention import FourDimensionalAttention
-from fxprune.graph.evaluation import evaluation_copy
+from fxprune.tracing.evaluation import evaluation_copy
 
 
 class Small(nn.Module):

@@ -16,10 +16,10 @@ import fxprune
 from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.extract import between
-from fxprune.graph.unwrap import inner
 from fxprune.options import FitSettings
 from fxprune.recovery.recover import _fit_or_undo
 from fxprune.recovery.training import trainable_parameters
+from fxprune.tracing.unwrap import inner
 from tests.doubles import brief, count_latency
 from tests.tiny import BLOCKS, Tiny, images, tiny
 

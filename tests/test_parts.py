@@ -20,13 +20,13 @@ from fxprune.discovery.discovery import discover
 from fxprune.discovery.taps import output_tap
 from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
 from fxprune.graph.regions import Region
-from fxprune.graph.trace import trace
 from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions
 from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.replacement import replace_submodule
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import recover
+from fxprune.tracing.trace import trace
 
 
 class Block(nn.Module):

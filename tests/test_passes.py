@@ -23,7 +23,6 @@ from fxprune.errors import (
 )
 from fxprune.graph.extract import share
 from fxprune.graph.regions import AdaptorSite, Region, Side
-from fxprune.graph.trace import FrontEnd
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
@@ -39,6 +38,7 @@ from fxprune.passes import (
     StoreWeights,
 )
 from fxprune.placement.placement import find_sites
+from fxprune.tracing.trace import FrontEnd
 from tests.strategies import BlockSpec, NetSpec, image_batch, skipped
 
 SPEC = NetSpec((4, 6), (2,), (True,), ((BlockSpec("basic"),) * 2, (BlockSpec("bottleneck"),) * 3))

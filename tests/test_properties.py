@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.export.artifact import load, save
 from fxprune.graph.regions import Kind, Region
-from fxprune.graph.trace import split_inputs
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
@@ -31,6 +30,7 @@ from fxprune.passes import (
 from fxprune.placement.placement import find_sites
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore
+from fxprune.tracing.trace import split_inputs
 from tests.doubles import brief, comparison, count_latency
 from tests.motifs import MOTIFS, Motif
 from tests.strategies import (

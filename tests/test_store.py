@@ -26,7 +26,6 @@ from fxprune.errors import ArtifactError, OptionError
 from fxprune.graph.call import Inputs
 from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.graph.trace import trace
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import Backend, FitSettings
 from fxprune.recovery.adaptors import AdaptorFit
@@ -34,6 +33,7 @@ from fxprune.recovery.original import Original
 from fxprune.scoring.fingerprint import Fingerprint, fingerprint_of
 from fxprune.scoring.store import ScoreStore
 from fxprune.scoring.stored import StoredScorer, stored_latencies
+from fxprune.tracing.trace import trace
 from tests.motifs import Basic, conv
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ from torch import fx
 
 from fxprune.discovery.dominance import Dominance
 from fxprune.graph import operators as ops
-from fxprune.graph.mutation import base_of
 from fxprune.graph.regions import Reason
+from fxprune.tracing.mutation import base_of
 
 __all__ = ["Border", "Refusal"]
 

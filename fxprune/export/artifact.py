@@ -22,7 +22,7 @@ from fxprune.errors import ArtifactError
 from fxprune.export.archive import require_compact, require_harmless
 from fxprune.export.messages import innermost, quiet
 from fxprune.files import check_writable, write_bytes_atomic
-from fxprune.graph.evaluation import evaluation_copy, to_evaluation
+from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
 
 __all__ = ["load", "load_state", "save"]
 

@@ -23,7 +23,7 @@ from fxprune.export import serving
 from fxprune.export.attention import FourDimensionalAttention
 from fxprune.export.messages import innermost, quiet
 from fxprune.files import remove_leftovers, replacing
-from fxprune.graph.evaluation import evaluation_copy
+from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["ExportRecord", "export_onnx"]
 

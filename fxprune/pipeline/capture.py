@@ -23,8 +23,8 @@ from fxprune.calibration.drawing import draw
 from fxprune.calibration.loading import iterate, narrow
 from fxprune.errors import CalibrationError, GraphError, OptionError
 from fxprune.graph.call import Inputs
-from fxprune.graph.evaluation import evaluation_copy
-from fxprune.graph.unwrap import unwrapped
+from fxprune.tracing.evaluation import evaluation_copy
+from fxprune.tracing.unwrap import unwrapped
 
 __all__ = ["capture_inputs", "device_of", "submodule_of"]
 

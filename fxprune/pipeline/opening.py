@@ -32,8 +32,6 @@ from fxprune.files import check_writable
 from fxprune.graph.extract import ancestors
 from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.graph.trace import trace
-from fxprune.graph.unwrap import inner, unwrapped
 from fxprune.memory import memory_explained
 from fxprune.options import Options
 from fxprune.passes import Prepare
@@ -50,6 +48,8 @@ from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
+from fxprune.tracing.trace import trace
+from fxprune.tracing.unwrap import inner, unwrapped
 
 __all__ = ["make_job", "make_scorer", "open_job"]
 

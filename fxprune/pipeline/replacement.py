@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
 from fxprune.graph.call import Inputs
-from fxprune.graph.evaluation import evaluation_copy
-from fxprune.graph.unwrap import inner, unwrapped
 from fxprune.pipeline.capture import device_of, submodule_of
+from fxprune.tracing.evaluation import evaluation_copy
+from fxprune.tracing.unwrap import inner, unwrapped
 
 __all__ = ["replace_submodule"]
 

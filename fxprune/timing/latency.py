@@ -26,7 +26,6 @@ from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionErr
 from fxprune.export import serving
 from fxprune.export.onnx_file import export_onnx
 from fxprune.graph.collector import collector_paused
-from fxprune.graph.evaluation import evaluation_copy
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.processes.threads import using_threads
 from fxprune.timing.rounds import (
@@ -37,6 +36,7 @@ from fxprune.timing.rounds import (
     ratios_by_round,
     warm_up,
 )
+from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["BACKENDS", "Subject", "TimingSettings", "compare", "device_name"]
 

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.errors import OptionError, TraceError
-from fxprune.graph.evaluation import evaluation_copy, to_evaluation
-from fxprune.graph.mutation import show_mutation
 from fxprune.graph.shapes import propagate_shapes, unfit
-from fxprune.graph.unwrap import inner, unwrapped
+from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
+from fxprune.tracing.mutation import show_mutation
+from fxprune.tracing.unwrap import inner, unwrapped
 
 __all__ = ["FrontEnd", "split_inputs", "trace"]
 

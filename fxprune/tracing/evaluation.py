@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import fx, nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.unwrap import copy_memo
+from fxprune.tracing.unwrap import copy_memo
 
 __all__ = ["evaluation_copy", "to_evaluation"]
 
