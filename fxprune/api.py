@@ -155,6 +155,8 @@ def export_onnx(
         ParityError: onnxruntime computes something else than torch; no file is written.
         OutOfMemoryError: Memory ran out.
     """
+    if not os.fspath(path):
+        raise OptionError("path is empty; it must name a file")
     model = unwrapped(model)
     if example_inputs is None:
         example = getattr(model, "meta", {}).get(EXAMPLE)

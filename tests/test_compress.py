@@ -502,3 +502,40 @@ def test_weights_that_are_not_finite_stop_with_an_error() -> None:
         broken.stem[0].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="nan"):
         compress(broken)
+
+
+# --- values that come from elsewhere ---
+
+
+def test_a_predicate_that_fails_is_named() -> None:
+    def broken(region: Any) -> bool:
+        raise KeyError("label")
+
+    with pytest.raises(
+        OptionError, match=r"ignore entry .*broken.* failed on region stages.0.0: KeyError: 'label'"
+    ):
+        compress(ignore=broken)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("batch", [images().to_sparse(), images().to("meta")], ids=["sparse", "meta"])
+def test_images_without_plain_values_are_refused(batch: Tensor) -> None:
+    with pytest.raises(CalibrationError, match="sparse tensor or one on the meta device"):
+        compress(loader=[batch])
+
+
+@pytest.mark.usefixtures("counted")
+def test_another_default_device_makes_no_difference() -> None:
+    model, pictures, plain = network(), images(), compress()
+    with torch.device("meta"):
+        small = compress(model, pictures)
+    assert fxprune.report(small).plan.chosen == fxprune.report(plain).plan.chosen
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(small.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+
+
+def test_an_export_needs_a_path() -> None:
+    with pytest.raises(OptionError, match="path is empty"):
+        fxprune.export_onnx(network(), "", images())

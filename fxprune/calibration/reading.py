@@ -127,6 +127,10 @@ def check_batch(inputs: Inputs, index: int) -> None:
     tensors = inputs.tensors()
     if not tensors:
         raise CalibrationError(f"Batch {index} holds no tensor with a batch dimension: {_ADVICE}.")
+    if any(tensor.is_meta or tensor.layout is not torch.strided for tensor in tensors):
+        raise CalibrationError(
+            f"Batch {index} holds a sparse tensor or one on the meta device: give plain tensors with values."
+        )
     sizes = [int(tensor.shape[0]) for tensor in tensors]
     if any(tensor.numel() == 0 for tensor in tensors):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

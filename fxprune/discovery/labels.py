@@ -87,7 +87,12 @@ def _matches(gm: fx.GraphModule, entry: Ignore, region: Region) -> bool:
     if isinstance(entry, type):
         return _holds_type(gm, entry, region)
     if callable(entry):
-        return bool(entry(region))
+        try:
+            return bool(entry(region))
+        except Exception as error:
+            raise OptionError(
+                f"ignore entry {entry!r} failed on region {region.label}: {type(error).__name__}: {error}"
+            ) from error
     raise OptionError(f"ignore entry {entry!r} is neither a string, a module type nor a predicate")
 
 

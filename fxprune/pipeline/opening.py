@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,18 @@ def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
     if options.submodule is not None and not isinstance(model, nn.Module):
         raise OptionError("submodule= names a part of a module, and an exported program has none")
     options = options.filled(_device(options.device, model), options.threads or default_threads())
-    with using_threads(options.threads), torch.inference_mode(False), memory_explained():
+    with using_threads(options.threads), _plain_torch(), memory_explained():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
         with _locked(folder):
             yield make_job(model, loader, options, folder)
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Leaves the caller's inference mode, and another default device than the CPU, for as long as a job is open."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+        yield
 
 
 def make_job(model: Any, loader: Any, options: Options, folder: Path | None = None) -> Job:
