@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -32,6 +32,7 @@ from fxprune.placement.placement import find_sites
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore
 from tests.doubles import brief, comparison, count_latency
+from tests.laws import law
 from tests.motifs import MOTIFS, Motif
 from tests.strategies import (
     BlockSpec,
@@ -49,18 +50,6 @@ CASES = [
     for end in m.front_ends
     if m.name != "wider_type"  # its casts fix the types, so that it does not run in float64
 ]
-
-
-def law(examples: int = 12) -> Any:
-    """The same few examples at every run."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=(Phase.explicit, Phase.generate),  # shrinking would trace hundreds of networks
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 def traced(spec: NetSpec) -> tuple[ResidualNet, fx.GraphModule, tuple[Region, ...]]:
