@@ -131,7 +131,7 @@ def compress(
         backend=backend,
         device=place,
         images=images,
-        latency_batch=latency_batch or (64 if place.startswith("cuda") else 8),
+        latency_batch=(64 if place.startswith("cuda") else 8) if latency_batch is None else latency_batch,
         cache_bytes=cache_bytes,
         seed=seed,
     )
