@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -136,12 +137,13 @@ def _try_module(module: str, given: argparse.Namespace) -> float:
     session = _Session(given.folder / f"{module.replace('/', '-')}.json", source, tests)
     open_ = [mutant for mutant in mutants if mutant.key not in session.done]
     if open_:
-        code, plain = _run(module, path, source, tests, 3600.0)
-        if code != "survived":
+        trial = _Trial(module, path, tests)
+        start = time.perf_counter()
+        if trial.outcome(source, 3600.0) != "survived":
             raise SystemExit(f"the tests of {module} fail without a defect: {' '.join(MODULES[module])}")
-        limit = 20.0 + LONGEST * plain
+        limit = 20.0 + LONGEST * (time.perf_counter() - start)
         for i, mutant in enumerate(open_):
-            session.record(mutant, _run(module, path, mutant.source, tests, limit)[0])
+            session.record(mutant, trial.outcome(mutant.source, limit))
             print(f"\r{module}: {i + 1} of {len(open_)}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
     outcomes = Counter(session.done[mutant.key] for mutant in mutants)
@@ -223,35 +225,59 @@ def _meaning(source: str) -> str:
     return ast.dump(tree)
 
 
-def _run(module: str, path: Path, source: str, tests: Sequence[Path], limit_s: float) -> tuple[str, float]:
-    """Runs the tests on a source of the module in a fork: `killed`, `survived` or `timeout`, and the seconds."""
-    start = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        os._exit(_work(module, path, source, tests))
-    while time.perf_counter() - start < limit_s:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            survived = os.waitstatus_to_exitcode(status) == 0
-            return "survived" if survived else "killed", time.perf_counter() - start
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout", limit_s
+class _Trial:
+    """Runs the tests of one module on a source of it; tests that failed lately come first."""
+
+    def __init__(self, module: str, path: Path, tests: Sequence[Path]) -> None:
+        self._name, self._path, self._tests = f"fxprune.{module.replace('/', '.')}", path, tests
+        self._failed: list[str] = []
+
+    def outcome(self, source: str, limit_s: float) -> str:
+        """`killed`, `survived` or `timeout`, of a fork."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os._exit(self._work(source, writing))
+        os.close(writing)
+        with open(reading) as told:
+            ready, _, _ = select.select([told], [], [], limit_s)  # the pipe closes with the child
+            if not ready:
+                os.killpg(child, signal.SIGKILL)
+            failed = told.read()
+        _, status = os.waitpid(child, 0)
+        if failed:
+            self._failed = [failed, *(name for name in self._failed if name != failed)]
+        return "timeout" if not ready else "survived" if status == 0 else "killed"
+
+    def _work(self, source: str, writing: int) -> int:
+        os.setpgid(0, 0)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        sys.meta_path.insert(0, _Finder(self._name, self._path, source))
+        already_imported = "ignore::pytest.PytestAssertRewriteWarning"
+        options = ("-x", "-p", "no:cacheprovider", "-W", already_imported, "-c", str(ROOT / "pyproject.toml"))
+        try:
+            return int(
+                pytest.main([*options, *map(str, self._tests)], plugins=[_Order(self._failed, writing)])
+            )
+        except BaseException:  # whatever a defect does, it was seen
+            return 1
 
 
-def _work(module: str, path: Path, source: str, tests: Sequence[Path]) -> int:
-    os.setpgid(0, 0)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    sys.meta_path.insert(0, _Finder(f"fxprune.{module.replace('/', '.')}", path, source))
-    already_imported = "ignore::pytest.PytestAssertRewriteWarning"
-    options = ("-x", "-p", "no:cacheprovider", "-W", already_imported, "-c", str(ROOT / "pyproject.toml"))
-    try:
-        return int(pytest.main([*options, *(str(test) for test in tests)]))
-    except BaseException:  # whatever a defect does, it was seen
-        return 1
+class _Order:
+    """A plugin that runs some tests first and tells which one failed."""
+
+    def __init__(self, first: Sequence[str], writing: int) -> None:
+        self._place = {name: place for place, name in enumerate(first)}
+        self._writing = writing
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self._place.get(item.nodeid, len(self._place)))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            os.write(self._writing, report.nodeid.encode())
 
 
 class _Finder(importlib.abc.MetaPathFinder):
