@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 from fxprune.errors import FoldError
 from fxprune.placement.algebra import Layout, fold_bias_post, fold_post, fold_pre
+from tests.laws import law
 from tests.strategies import OperatorSpec, operator_specs
 
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -70,13 +71,13 @@ def test_folding_equals_an_inserted_map(spec: OperatorSpec) -> None:
     assert max(fold_errors(spec, torch.float32)) <= 1e-5
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@law(40)
 @given(operator_specs())
 def test_folding_random_operators(spec: OperatorSpec) -> None:
     assert max(fold_errors(spec, torch.float64)) <= 1e-10
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@law(20)
 @given(operator_specs(grouped=True))
 def test_a_dense_map_does_not_fit_the_input_of_a_grouped_operator(spec: OperatorSpec) -> None:
     module: Any = spec.build()

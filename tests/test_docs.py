@@ -104,7 +104,7 @@ def test_decisions_are_listed_and_answer_the_four_questions() -> None:
 def test_modules_that_the_architecture_names_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for name in re.findall(r"`((?:[a-z]+/)?[a-z_]+\.py)`", text):
-        assert (ROOT / "fxprune" / name).exists(), name
+        assert (Path(fxprune.__file__).parent / name).exists(), name
 
 
 def test_the_architecture_lists_the_layers_of_the_contract() -> None:

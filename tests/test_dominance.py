@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from fxprune.discovery.dominance import Dominance, flow_nodes
+from tests.laws import law
 
 Sources = list[list[int]]
 
@@ -54,6 +55,7 @@ def reaching(sources: Sources, without: int | None) -> set[int]:
     return found
 
 
+@law(100)
 @given(flows())
 def test_dominators_are_what_every_path_goes_through(sources: Sources) -> None:
     dominance = Dominance(flow_nodes(graph_of(sources)))
@@ -67,6 +69,7 @@ def test_dominators_are_what_every_path_goes_through(sources: Sources) -> None:
             assert dominance.post_dominates(f"n{a}", f"n{b}") == wanted
 
 
+@law(100)
 @given(flows())
 def test_the_immediate_dominator_is_the_closest(sources: Sources) -> None:
     dominance = Dominance(flow_nodes(graph_of(sources)))

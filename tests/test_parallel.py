@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fxprune
 from fxprune.errors import CalibrationError, DistributedError
 from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Region
@@ -30,7 +32,10 @@ from fxprune.scoring.fingerprint import fingerprint_of
 from fxprune.scoring.scorer import fit_all
 from fxprune.scoring.store import ScoreStore
 from fxprune.scoring.stored import StoredScorer
+from tests.doubles import brief, count_latency
 from tests.test_store import ROOT, Tiny, tiny
+from tests.tiny import BLOCKS, images
+from tests.tiny import tiny as four_blocks
 
 # 7 of 10 images: a batch that two processes cannot halve
 EVAL = FitSettings(iterations=8, batch_size=7, learning_rate=0.01)
@@ -92,6 +97,19 @@ def sets_of(network: Tiny) -> list[list[Region]]:
     return [*([region] for region in network.regions), list(network.regions[:2])]
 
 
+def compressed(out: Path) -> dict[str, dict[str, Tensor]]:
+    """What `compress` and `sweep` give from end to end, latencies counted; their reports lie in `out`."""
+    settings: dict[str, Any] = {"recipe": brief(adaptor=2, mimic=3), "latency_batch": 2, "seed": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        count_latency(patch)
+        small = fxprune.compress(four_blocks(), images(), 2, out=out, progress=False, **settings)
+        front = fxprune.sweep(four_blocks(), images(), progress=False, out=out / "sweep", **settings)
+    losses = torch.tensor([point.recovery_loss for point in front.points], dtype=torch.float64)
+    cut = torch.tensor([[BLOCKS.index(b) for b in fxprune.report(small).plan.chosen]])
+    weights = {name: value.contiguous() for name, value in small.state_dict().items()}
+    return {"compress": {**weights, "cut": cut}, "sweep": {"losses": losses}}
+
+
 def work_together(folder: Path) -> None:
     network, exact = tiny(), tiny(torch.float64)
     number = group.rank()
@@ -115,6 +133,8 @@ def work_together(folder: Path) -> None:
         "first": group.main_first(lambda: (order.append(number), number)[1]),
         "calls": len(order),
     }
+    for name, tensors in compressed(folder / "whole").items():
+        save_file(tensors, folder / f"{name}-{number}.safetensors")
     try:
         group.on_main(lambda: 1 / 0)
     except (ZeroDivisionError, DistributedError) as error:
@@ -220,6 +240,20 @@ def test_batch_statistics_of_their_own_leave_all_processes_with_one_network(toge
     assert any("running_mean" in k and not torch.equal(v, start[k]) for k, v in found[0].items())
 
 
+@pytest.mark.parametrize("name", ["compress", "sweep"])
+def test_two_processes_give_as_a_whole_what_one_gives(together: Path, name: str, tmp_path: Path) -> None:
+    wanted = compressed(tmp_path)[name]
+    found = [load_file(together / f"{name}-{number}.safetensors") for number in (0, 1)]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in wanted)
+    close(found[0], wanted)
+    report = {"compress": "report.json", "sweep": "sweep/sweep.json"}[name]
+    kept, alone = (json.loads((folder / report).read_text()) for folder in (together / "whole", tmp_path))
+    for change in ("durations", "peak_memory_bytes"):  # what two processes need is their own
+        kept.pop(change, None), alone.pop(change, None)
+    assert kept.keys() == alone.keys()
+    assert kept.get("plan", {}).get("chosen") == alone.get("plan", {}).get("chosen")
+
+
 def test_objects_travel_from_the_main_process(together: Path) -> None:
     facts = [json.loads((together / f"facts-{number}.json").read_text()) for number in (0, 1)]
     assert [f["world"] for f in facts] == [2, 2]
@@ -238,13 +272,13 @@ def finished(folder: Path) -> int:
 def test_a_process_that_fails_tells_the_others_why_and_loses_no_score(together: Path) -> None:
     label = tiny().regions[5].label  # the last of rank 1's three
     errors = [(together / f"error-{number}.txt").read_text() for number in (0, 1)]
-    told = f"scoring failed elsewhere, so rank 0 ends too: rank 1: the loss of {label} is nan"
+    told = f"work failed elsewhere, so rank 0 ends too: rank 1: the loss of {label} is nan"
     assert errors == [f"DistributedError: {told}", f"CalibrationError: the loss of {label} is nan"]
     assert finished(together / "failed") == 5
 
 
 def test_a_process_that_dies_ends_the_others_and_loses_no_score(together: Path) -> None:
-    told = "DistributedError: process 0 of 2 lost the others while gathering scores: one of them ended"
+    told = "DistributedError: process 0 of 2 lost the others while gathering results: one of them ended"
     assert told in (together / "output-0.txt").read_text()
     assert finished(together / "died") == 4
     network = tiny()

@@ -144,6 +144,30 @@ def test_greedy_asks_at_once_for_all_that_it_scores_again_in_any_case() -> None:
     assert asked == [[["0"]], [["0", str(i)] for i in range(1, SCORED_AGAIN + 1)]]
 
 
+def test_lazy_greedy_counts_on_a_region_to_add_somewhat_less_to_a_larger_set() -> None:
+    first, *others = [block(str(i), 0.1 if i == 0 else 1.0, 0.1) for i in range(SCORED_AGAIN + 1)]
+    late = block("late", 1.05, 0.1)  # not among those that are scored again in any case
+
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        return [sum(0.9 if r.label == "late" else 0.1 if r.label == "0" else 1.0 for r in s) for s in sets]
+
+    assert labels(Planner([first, *others, late], joint, "greedy").of_size(2)) == ["0", "late"]
+
+
+def test_greedy_asks_one_by_one_for_what_it_may_not_need_and_once_for_its_first_cut() -> None:
+    count = SCORED_AGAIN + 5
+    asked: list[list[str]] = []
+
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        asked.append([labels(s)[-1] for s in sets])
+        return [0.1 + sum(1.0 + 0.9**i for i in range(1, len(s))) for s in sets]  # more than each costs alone
+
+    Planner([block(str(i), 0.1, 0.1) for i in range(count)], joint, "greedy").of_size(3)
+    assert asked[0] == ["0"]
+    steps = [[SCORED_AGAIN, *[1] * (left - SCORED_AGAIN)] for left in (count - 1, count - 2)]
+    assert [len(a) for a in asked[1:]] == steps[0] + steps[1]
+
+
 def test_greedy_sees_an_interaction_that_independent_does_not() -> None:
     scores = [block("a", 1.0, 0.1), block("b", 1.1, 0.1), block("c", 1.2, 0.1)]
 
@@ -206,6 +230,23 @@ def test_exact_refuses_to_score_without_end() -> None:
     with pytest.raises(OptionError, match=rf"more than {EXACT_LIMIT}; use 'greedy'"):
         Planner(scores, losses, "exact").of_size(4)
     assert losses.asked == []
+
+
+def test_exact_scores_as_many_sets_as_it_says() -> None:
+    scores = [block(f"r{i}", 1.0, 0.1) for i in range(EXACT_LIMIT + 1)]
+
+    def joint(sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
+        return [float(len(sets) - i) for i in range(len(sets))]
+
+    assert labels(Planner(scores[:-1], joint, "exact").of_size(1)) == [f"r{EXACT_LIMIT - 1}"]
+    with pytest.raises(OptionError, match=f"would score {EXACT_LIMIT + 1} sets of 1 regions"):
+        Planner(scores, joint, "exact").of_size(1)
+
+
+def test_exact_has_no_path() -> None:
+    scores = some_scores(0)
+    with pytest.raises(OptionError, match="no path of growing plans"):
+        next(Planner(scores, Losses(scores, 0), "exact").path())
 
 
 def test_savings_add_up_and_the_order_ignores_the_unit() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.export.artifact import load, save
 from fxprune.graph.regions import Kind, Region
+from fxprune.measurements import Latency, LatencyComparison
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
@@ -30,8 +32,10 @@ from fxprune.passes import (
 from fxprune.placement.placement import find_sites
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore
+from fxprune.timing.rounds import Contestant, TimingSettings, race, ratios_by_round
 from fxprune.tracing.trace import split_inputs
-from tests.doubles import brief, comparison, count_latency
+from tests.doubles import brief, count_latency
+from tests.laws import law
 from tests.motifs import MOTIFS, Motif
 from tests.strategies import (
     BlockSpec,
@@ -49,18 +53,6 @@ CASES = [
     for end in m.front_ends
     if m.name != "wider_type"  # its casts fix the types, so that it does not run in float64
 ]
-
-
-def law(examples: int = 12) -> Any:
-    """The same few examples at every run."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=(Phase.explicit, Phase.generate),  # shrinking would trace hundreds of networks
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 def traced(spec: NetSpec) -> tuple[ResidualNet, fx.GraphModule, tuple[Region, ...]]:
@@ -344,31 +336,44 @@ def region_named(label: str, body: tuple[str, ...]) -> Region:
     return Region("x", body[-1], "x", body, Kind.IDENTITY, label, (label,), (1, 4), "torch.float32")
 
 
+def compared(before: list[float], candidates: list[list[float]]) -> tuple[LatencyComparison, ...]:
+    """What comes of timing networks with a clock that shows these times, in whatever unit."""
+    clocks = [iter(times) for times in (before, *candidates)]
+    rounds = TimingSettings(min_rounds=len(before), max_rounds=len(before), resamples=20)
+    contestants = [Contestant(str(i), partial(next, clock)) for i, clock in enumerate(clocks)]
+    intervals = race(contestants, lambda call, _: call(), rounds, None)
+    first, *others = (Latency("torch", "", (), 1, median(c.samples), 0.0, 0.0, 5) for c in contestants)
+    return tuple(
+        LatencyComparison(first, after, median(ratios), interval)
+        for after, ratios, interval in zip(others, ratios_by_round(contestants), intervals, strict=True)
+    )
+
+
+def five(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
+    return st.lists(values, min_size=5, max_size=5)
+
+
 @law(50)
 @given(
-    st.lists(st.tuples(st.floats(0, 10), st.floats(0.05, 1.2), st.floats(0, 0.05)), min_size=2, max_size=8),
-    st.sampled_from((1e-9, 1e-3, 1e3, 60.0)),
+    five(st.floats(0.5, 2)),
+    st.lists(st.tuples(st.floats(0, 10), five(st.floats(0.05, 1.2))), min_size=2, max_size=8),
+    st.sampled_from((2.0**-30, 2.0**-10, 2.0**10)),  # exact, so that what follows is the same to the bit
     st.integers(1, 2),
 )
 def test_law_9_the_unit_of_latency_does_not_matter(
-    figures: list[tuple[float, float, float]], unit: float, k: int
+    before: list[float], figures: list[tuple[float, list[float]]], unit: float, k: int
 ) -> None:
     def scores(scale: float) -> list[BlockScore]:
+        candidates = [[b * r for b, r in zip(before, ratios, strict=True)] for _, ratios in figures]
+        timed = compared([scale * b for b in before], [[scale * t for t in times] for times in candidates])
         return [
-            BlockScore(
-                region_named(str(i), (f"n{i}",)),
-                loss,
-                loss,
-                replace(comparison(0.01 * scale, 0.01 * ratio * scale, spread=spread), ratio=ratio),
-            )
-            for i, (loss, ratio, spread) in enumerate(figures)
+            BlockScore(region_named(str(i), (f"n{i}",)), loss, loss, latency)
+            for i, ((loss, _), latency) in enumerate(zip(figures, timed, strict=True))
         ]
 
-    def order(found: list[BlockScore]) -> list[int]:
-        return sorted(range(len(found)), key=lambda i: (found[i].score, i))
-
     seconds, others = scores(1.0), scores(unit)
-    assert order(seconds) == order(others)
+    assert seconds[0].latency.before.median_s * unit == others[0].latency.before.median_s
+    assert [s.score for s in seconds] == [s.score for s in others]
     if sum(s.latency.distinguishable for s in seconds) >= k:
         plans = [
             Planner(s, lambda sets, plan: [0.0] * len(sets), "independent").of_size(k)

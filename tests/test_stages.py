@@ -139,9 +139,16 @@ def test_a_target_that_only_the_last_measurement_misses(monkeypatch: pytest.Monk
 
 
 def test_least_agreement_is_taken_on_images_kept_apart() -> None:
-    report = fxprune.report(compress(1, min_agreement=0.0, loader=images(20)))
+    shown, model = 2 * images(20), tiny(6)
+    small = compress(4, model=model, min_agreement=0.0, loader=shown)
+    report = fxprune.report(small)
     assert report.images == 16
-    assert report.held_back_agreement is not None and 0 <= report.held_back_agreement <= 1
+    assert report.agreement is not None and report.held_back_agreement is not None
+    with torch.no_grad():
+        agreeing = int((model(shown).argmax(1) == small(shown).argmax(1)).sum())
+    assert 0 < agreeing < 20
+    # four images were kept apart, and every image counts in one figure alone
+    assert 16 * report.agreement + 4 * report.held_back_agreement == agreeing
     assert fxprune.report(compress(1)).held_back_agreement is None
 
 
@@ -170,9 +177,9 @@ def test_a_finished_run_is_not_computed_again(tmp_path: Path, work) -> None:
     assert fxprune.report(second).plan == fxprune.report(first).plan
     for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    # another goal uses the same scores
-    compress(1, out=tmp_path, selection="independent")
-    assert work == [] or all(len(entry) == 2 for entry in work)
+    # another goal uses the same scores: no region is fitted again by itself
+    other = compress(3, out=tmp_path, selection="independent")
+    assert work == [("fit", *fxprune.report(other).plan.chosen)]
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work) -> None:

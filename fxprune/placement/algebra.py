@@ -79,6 +79,4 @@ def fold_pre(weight: Tensor, adaptor: Tensor, layout: Layout) -> Tensor:
         _check(adaptor, weight.shape[0])
         return (adaptor.T @ weight.flatten(1)).reshape(weight.shape)
     _check(adaptor, weight.shape[1])
-    if weight.dim() == 2:
-        return weight @ adaptor
     return torch.einsum("op...,pi->oi...", weight, adaptor)
