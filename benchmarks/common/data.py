@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from fxprune.errors import CalibrationError, OptionError, SourceError
 
@@ -105,28 +106,50 @@ def few_shot(
     return calibration, LabelledImages(kept, torch.tensor([labels[i] for i in held], dtype=torch.long))
 
 
-def photographs(part: str, data: str | Path | None = None) -> LabelledImages:
-    """Load photographs `[N, 3, 224, 224]` in [-1, 1]; a file name begins with its class.
+@dataclass(frozen=True)
+class Photographs:
+    """How a network wants its photographs.
+
+    Attributes:
+        bicubic: Whether they are resized so; else bilinearly.
+        middle: The grey level, of 0 to 255, that becomes 0.
+        scale: Grey levels to one.
+        background: Whether class 0 is none of ImageNet's.
+    """
+
+    bicubic: bool = False
+    middle: float = 127.5
+    scale: float = 127.5
+    background: bool = True
+
+
+def photographs(
+    part: str, data: str | Path | None = None, wanted: Photographs = Photographs()
+) -> LabelledImages:
+    """Load photographs `[N, 3, 224, 224]`; a file name begins with its class, counted from 1.
 
     Args:
         part: `fit` (500, to compress with) or `held_out` (200 of other classes, to report on).
         data: See `data_folder`.
+        wanted: How.
 
     Raises:
         SourceError: If there are none.
     """
     files = _files(data_folder(data) / "photos" / part, "*.jpg")
-    labels = [int(file.name.split("_")[0]) for file in files]
-    return LabelledImages(_load(files, _read_photograph), torch.tensor(labels))
+    labels = [int(file.name.split("_")[0]) - (not wanted.background) for file in files]
+    return LabelledImages(_load(files, partial(_read_photograph, wanted=wanted)), torch.tensor(labels))
 
 
-def few_photographs(images: int, seed: int, *, data: str | Path | None = None) -> Tensor:
+def few_photographs(
+    images: int, seed: int, *, data: str | Path | None = None, wanted: Photographs = Photographs()
+) -> Tensor:
     """Draw photographs `[images, 3, 224, 224]` to compress with; a smaller draw begins a larger one of its seed.
 
     Raises:
         OptionError: There are not so many.
     """
-    pool = photographs("fit", data).images
+    pool = photographs("fit", data, wanted).images
     if not 1 <= images <= len(pool):
         raise OptionError(f"cannot draw {images} photographs: there are {len(pool)}")
     return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:images]]
@@ -207,9 +230,10 @@ def _read_cifar10(file: Path) -> Tensor:
     return (pixels - torch.tensor(CIFAR_MEAN).view(3, 1, 1)) / torch.tensor(CIFAR_STD).view(3, 1, 1)
 
 
-def _read_photograph(file: Path) -> Tensor:
-    image = functional.center_crop(functional.resize(_open(file), [256]), [224])
-    return _pixels(image) * 2.0 - 1.0
+def _read_photograph(file: Path, wanted: Photographs) -> Tensor:
+    how = InterpolationMode.BICUBIC if wanted.bicubic else InterpolationMode.BILINEAR
+    image = functional.center_crop(functional.resize(_open(file), [256], how), [224])
+    return (_pixels(image) * 255.0 - wanted.middle) / wanted.scale
 
 
 def _open(file: Path) -> Image.Image:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import data
 from benchmarks.models.cifar_resnet import resnet
+from benchmarks.models.efficientnet_lite import EfficientNetLite0
 from benchmarks.models.mobilenet_v2 import MobileNetV2
 
 __all__ = ["MODELS", "Model", "Subject", "subject_of", "test_images"]
@@ -25,21 +26,27 @@ class Model:
         build: Makes the network, weights random; where it has trained weights, `without=` leaves blocks out.
         size: Side of its images.
         weights: Name of its trained weights, None where there are none.
-        photographs: Whether its images are the photographs; else those of CIFAR-10.
+        photographs: How it wants its photographs; None for a network of CIFAR-10's images.
     """
 
     build: Callable[..., nn.Module]
     size: int
     weights: str | None
-    photographs: bool = False
+    photographs: data.Photographs | None = None
 
 
 MODELS: Mapping[str, Model] = {
     "resnet20": Model(partial(resnet, 20), 32, "resnet20_cifar10"),
     "resnet56": Model(partial(resnet, 56), 32, "resnet56_cifar10"),
-    "mobilenet_v2": Model(MobileNetV2, 224, "mobilenet_v2_imagenet", photographs=True),
-    "resnet34": Model(torchvision.models.resnet34, 224, None, photographs=True),
-    "resnet50": Model(torchvision.models.resnet50, 224, None, photographs=True),
+    "mobilenet_v2": Model(MobileNetV2, 224, "mobilenet_v2_imagenet", data.Photographs()),
+    "efficientnet_lite0": Model(
+        EfficientNetLite0,
+        224,
+        "efficientnet_lite0_imagenet",
+        data.Photographs(bicubic=True, middle=127.0, scale=128.0, background=False),
+    ),
+    "resnet34": Model(torchvision.models.resnet34, 224, None, data.Photographs()),
+    "resnet50": Model(torchvision.models.resnet50, 224, None, data.Photographs()),
 }
 """ResNet-34 and -50 have no trained weights here: they serve for times only."""
 
@@ -86,8 +93,8 @@ def subject_of(
         model = data.load_weights(model, known.weights, data_path)
     if random:
         batch = torch.randn(images, 3, known.size, known.size)
-    elif known.photographs:
-        batch = data.few_photographs(images, seed, data=data_path)
+    elif known.photographs is not None:
+        batch = data.few_photographs(images, seed, data=data_path, wanted=known.photographs)
     else:
         batch = data.few_shot(images, seed, data=data_path)[0]
     if size is not None and size != known.size:
@@ -101,6 +108,7 @@ def test_images(name: str, data_path: str | None = None) -> data.LabelledImages:
     Raises:
         SourceError: The data are not there.
     """
-    if MODELS[name].photographs:
-        return data.photographs("held_out", data_path)
+    wanted = MODELS[name].photographs
+    if wanted is not None:
+        return data.photographs("held_out", data_path, wanted)
     return data.cifar10_test(data_path)
