@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_named_before_anything_is_timed(
 ) -> None:
     network = tiny()
     network.body[1].conv2.weight.data[0] = torch.nan
-    monkeypatch.setattr("fxprune.timing.savings.compare", None)
+    monkeypatch.setattr("fxprune.timing.latency.compare", None)
     with pytest.raises(CalibrationError, match=r"nan or infinite: body\.1\.conv2\.weight; check how"):
         compressed(network)
 
