@@ -18,9 +18,9 @@ from fxprune.graph.call import Inputs
 from fxprune.options import RECIPES, FitSettings
 from fxprune.recovery import recover as recovery
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
-from fxprune.recovery.optimizers import WidthAdam
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
+from fxprune.recovery.training import optimise
 from tests.tiny import images, tiny
 
 
@@ -166,12 +166,10 @@ def test_batch_norm_that_an_export_fixed_is_told(rates: list[float]) -> None:
 
 
 def test_width_adam_moves_the_outputs_of_all_widths_alike_and_narrow_ones_less() -> None:
-    moved = []
-    for width in (4, 16, 64):
-        weight = nn.Parameter(torch.zeros(width, width))
-        optimizer = WidthAdam([weight], lr=0.1)
-        (weight @ torch.ones(width)).sum().backward()
-        optimizer.step()
-        moved.append(float((weight.detach() @ torch.ones(width)).abs().max()))
-        assert [group["lr"] for group in optimizer.param_groups] == [0.1]
-    assert moved == pytest.approx([0.1 * 4 / 16, 0.1, 0.1], rel=1e-3)
+    settings = FitSettings(optimizer="width-adam", learning_rate=0.1, schedule="constant", weight_decay=0.0)
+    weights = [nn.Parameter(torch.zeros(width, width)) for width in (4, 16, 64)]
+    optimise(
+        weights, (sum((w @ torch.ones(len(w))).sum() for w in weights) for _ in "a"), settings, where="here"
+    )
+    moved = [float((w.detach() @ torch.ones(len(w))).abs().max()) for w in weights]
+    assert moved == pytest.approx([0.1 * 4 / 16, 0.1, 0.1])

@@ -1,14 +1,38 @@
-"""Adam with steps that suit the weights they change: relative to their size, or to their width."""
+"""Optimisers with steps that suit the weights they change: relative to their size, or to their width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RelativeAdam", "WidthAdam"]
+from fxprune.recipes import FitSettings
+
+__all__ = ["optimizer_for"]
+
+NARROWEST = 16
+"""Weights with fewer inputs count as having so many where the rate depends on the width: their fits overshot."""
+
+
+def optimizer_for(parameters: Sequence[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
+    """The optimiser that some settings name; its groups have the rates of the first step after warming up.
+
+    With `width-adam` a rate is divided by the number of inputs of its weight, counted along the last dimension (Tensor
+    Programs V, table 3): a step of Adam moves every entry of a `[C, C]` adaptor by about the rate, and so its output by
+    up to C times that.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)
+    if settings.optimizer == "relative-adam":
+        return _RelativeAdam(parameters, lr=rate, weight_decay=decay)
+    by_width = settings.optimizer == "width-adam"
+    groups = [
+        {"params": [p], "lr": rate / max(NARROWEST, p.shape[-1]) if by_width else rate} for p in parameters
+    ]
+    return torch.optim.Adam(groups, weight_decay=decay)
 
 
 def _size(weight: Tensor) -> Tensor:
@@ -19,7 +43,7 @@ def _size(weight: Tensor) -> Tensor:
     return weight.square().mean(dim=axes, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-class RelativeAdam(torch.optim.Adam):
+class _RelativeAdam(torch.optim.Adam):
     """Adam whose learning rate is a share of the weights' size when training began.
 
     Plain Adam moves every weight by about the learning rate. Once batch norm is folded away, the channels of one
@@ -43,32 +67,4 @@ class RelativeAdam(torch.optim.Adam):
         result = super().step(closure)
         for parameter, old, size in zip(self._trained, before, self._sizes, strict=True):
             parameter.sub_(old).mul_(size).add_(old)
-        return result
-
-
-class WidthAdam(torch.optim.Adam):
-    """Adam whose rate is divided by the number of inputs of each weight (Tensor Programs V, table 3).
-
-    A step of Adam moves every entry of a `[C, C]` adaptor by about the rate, and so its output by up to C times that.
-    Weights with fewer than `NARROWEST` inputs count as having so many: their fits overshot.
-
-    Args:
-        parameters: What to train; inputs are counted along the last dimension.
-        lr: Rate times the number of inputs.
-        weight_decay: As in `torch.optim.Adam`.
-    """
-
-    NARROWEST = 16
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__([{"params": [p]} for p in parameters], lr=lr, weight_decay=weight_decay)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of Adam, each weight at its own rate."""
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["lr"] /= max(self.NARROWEST, group["params"][0].shape[-1])
-        result = super().step(closure)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
         return result

@@ -19,7 +19,7 @@ from fxprune.graph.operators import op_name
 from fxprune.options import FitSettings
 from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
 from fxprune.recovery.features import FeatureReader, feature_loss
-from fxprune.recovery.optimizers import RelativeAdam, WidthAdam
+from fxprune.recovery.optimizers import optimizer_for
 from fxprune.recovery.original import Original
 
 __all__ = [
@@ -81,18 +81,6 @@ def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
             norm.eval()
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
-    if settings.optimizer == "relative-adam":
-        return RelativeAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if settings.optimizer == "width-adam":
-        return WidthAdam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-
-
 def optimise(
     parameters: Sequence[nn.Parameter],
     losses: Iterable[Tensor],
@@ -113,7 +101,8 @@ def optimise(
     Raises:
         CalibrationError: The loss became infinite or NaN.
     """
-    optimizer = _optimizer(parameters, settings)
+    optimizer = optimizer_for(parameters, settings)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for iteration, loss in enumerate(losses):
         whole = sum_over_ranks(loss) if shared else loss
         if not bool(torch.isfinite(whole)):
@@ -121,8 +110,8 @@ def optimise(
                 f"the mimicking loss of {where} is {whole.item()} at iteration {iteration}; the images or the "
                 f"weights are out of range, or a learning rate of {settings.learning_rate} is too high"
             )
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(iteration)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * settings.rate(iteration) / settings.learning_rate
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if shared:
