@@ -16,7 +16,6 @@ from fxprune.errors import DeviceError, MeasurementError
 
 __all__ = ["bound_call", "open_session", "run"]
 
-
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
 # Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
@@ -56,9 +55,10 @@ def open_session(
         session = ort.InferenceSession(os.fspath(path), options, providers=[_PROVIDERS[device]])
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise MeasurementError(f"onnxruntime cannot load {os.fspath(path)} on {device}: {error}") from error
-    if session.get_providers()[0] != _PROVIDERS[device]:
+    used = session.get_providers()[0]
+    if used != _PROVIDERS[device]:
         raise DeviceError(
-            f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {session.get_providers()[0]}"
+            f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {used}"
             f" for {os.fspath(path)}; a CUDA library is missing or of the wrong version"
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
@@ -91,7 +91,7 @@ def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
     """
-    feeds = dict(zip(_input_names(session, inputs), map(_as_array, inputs), strict=True))
+    feeds = _feeds(session, inputs)
     try:
         outputs: list[Array] = session.run(None, feeds)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
@@ -110,8 +110,8 @@ def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Ar
     """
     device = "cuda" if session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
     binding = session.io_binding()
-    for name, value in zip(_input_names(session, inputs), inputs, strict=True):
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_as_array(value), device, 0))
+    for name, array in _feeds(session, inputs).items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, device)
 
@@ -125,15 +125,11 @@ def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Ar
     return call
 
 
-def _input_names(session: ort.InferenceSession, inputs: Sequence[object]) -> list[str]:
+def _feeds(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> dict[str, Array]:
     names = [entry.name for entry in session.get_inputs()]
     if len(names) != len(inputs):
         raise MeasurementError(
             f"the ONNX network takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} were given"
         )
-    return names
-
-
-def _as_array(value: torch.Tensor | Array) -> Array:
-    array: Array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-    return np.ascontiguousarray(array)
+    arrays = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in inputs)
+    return dict(zip(names, map(np.ascontiguousarray, arrays), strict=True))
