@@ -32,7 +32,7 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
                 "entry": region.entry,
                 "exit": region.exit,
                 "modules": list(region.modules),
-                "parameters_saved": _saved(users, _cut(nodes, region)),
+                "parameters_saved": _saved(users, nodes, region),
             }
             for region in found.regions
         ],
@@ -43,7 +43,7 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
     }
 
 
-def _parameter_users(gm: GraphModule) -> list[tuple[Parameter, set[str]]]:
+def _parameter_users(gm: GraphModule) -> dict[Parameter, set[str]]:
     """Each parameter with the names of all nodes that read it, whichever front end made the graph."""
     users: defaultdict[Parameter, set[str]] = defaultdict(set)
     for node in gm.graph.nodes:
@@ -55,15 +55,11 @@ def _parameter_users(gm: GraphModule) -> list[tuple[Parameter, set[str]]]:
             value = getattr(gm.get_submodule(owner), name, None)
             if isinstance(value, Parameter):
                 users[value].update(user.name for user in node.users)
-    return list(users.items())
+    return users
 
 
-def _saved(users: list[tuple[Parameter, set[str]]], cut: set[str]) -> int:
-    return sum(parameter.numel() for parameter, readers in users if readers <= cut)
-
-
-def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
-    """The nodes that disappear: the body without what the bypass needs (a projection shortcut stays)."""
+def _saved(users: dict[Parameter, set[str]], nodes: dict[str, Node], region: Region) -> int:
+    """The parameters that only the body reads, without what the bypass needs: a projection shortcut stays."""
     body = set(region.body)
     pending = [region.bypass]
     while pending:
@@ -71,7 +67,7 @@ def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
         if name in body:
             body.discard(name)
             pending.extend(source.name for source in nodes[name].all_input_nodes)
-    return body
+    return sum(parameter.numel() for parameter, readers in users.items() if readers <= body)
 
 
 def tables(data: dict[str, Any]) -> str:
