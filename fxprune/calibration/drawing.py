@@ -108,16 +108,10 @@ class _Reservoir:
             )
         if self.seen > len(self._samples):
             logger.info("Drew %d calibration images out of %d.", len(self._samples), self.seen)
-        columns = iter(range(len(self._samples[0])))
-        leaves = [self._stack(next(columns)) if is_batched(leaf) else leaf for leaf in self._leaves]
+        columns = zip(*self._samples, strict=True)
+        leaves = [torch.stack(next(columns)) if is_batched(leaf) else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         return CalibrationSet(Inputs(args, kwargs).to("cpu"))
-
-    def _stack(self, column: int) -> Tensor:
-        return torch.stack([sample[column] for sample in self._samples])
-
-
-_CONSTANT = "what has no batch dimension must be the same for all images; leave it out with input_fn=."
 
 
 def _check_alike(first: Sequence[Any], leaves: Sequence[Any], index: int, *, same_structure: bool) -> None:
@@ -130,15 +124,15 @@ def _check_alike(first: Sequence[Any], leaves: Sequence[Any], index: int, *, sam
         if not is_batched(expected):
             if repr(leaf) != repr(expected):
                 raise CalibrationError(
-                    f"Batch {index} holds {leaf!r} where batch 0 holds {expected!r}: {_CONSTANT}"
+                    f"Batch {index} holds {leaf!r} where batch 0 holds {expected!r}: what has no batch dimension must "
+                    "be the same for all images; leave it out with input_fn=."
                 )
-            continue
-        if leaf.shape[1:] != expected.shape[1:]:
+        elif leaf.shape[1:] != expected.shape[1:]:
             raise CalibrationError(
                 f"Images of mixed sizes: batch {index} holds {tuple(leaf.shape[1:])}, batch 0 "
                 f"{tuple(expected.shape[1:])}. {RESIZE}"
             )
-        if leaf.dtype != expected.dtype:
+        elif leaf.dtype != expected.dtype:
             raise CalibrationError(
                 f"Batch {index} holds {leaf.dtype}, batch 0 {expected.dtype}: convert all images to one type."
             )

@@ -108,15 +108,12 @@ def _reported(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         number, world = os.environ.get("RANK", rank()), os.environ.get("WORLD_SIZE", world_size())
+        gist = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise DistributedError(
             f"process {number} of {world} lost the others while {what}: one of them ended or did not answer in time "
-            f"({_first_line(error)}). Its own output says why. Scores that were finished are kept where a folder was "
+            f"({gist}). Its own output says why. Scores that were finished are kept where a folder was "
             "given; run the same command again to go on from there"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def same_everywhere(obj: T) -> T:
@@ -125,12 +122,7 @@ def same_everywhere(obj: T) -> T:
     Raises:
         DistributedError: A process ended.
     """
-    if world_size() == 1:
-        return obj
-    box = [obj if is_main() else None]
-    with _reported("sharing what rank 0 found"):
-        dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]  # rank 0 put a T in
+    return on_main(lambda: obj)
 
 
 def on_main(compute: Callable[[], T]) -> T:
@@ -141,13 +133,10 @@ def on_main(compute: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return compute()
-    result, error = _attempt(compute) if is_main() else (None, None)
-    result, failure = same_everywhere((result, None if error is None else _name(error)))
-    if error is not None:
-        raise error
+    (result, failure), *_ = _gather(compute if is_main() else lambda: None, "sharing what rank 0 found")
     if failure is not None:
         raise DistributedError(f"rank 0 failed, so rank {rank()} ends too: {failure}")
-    return result  # type: ignore[return-value]  # no failure: rank 0 put a T in
+    return result  # type: ignore[no-any-return]  # rank 0 put a T in
 
 
 def main_first(make: Callable[[], T]) -> T:
@@ -162,19 +151,13 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def share_out(
-    work: Sequence[Callable[[], T]],
-    run: Callable[[Sequence[Callable[[], T]]], list[T]],
-    *,
-    doing: str,
-    results: str,
+    work: Sequence[Callable[[], T]], run: Callable[[Sequence[Callable[[], T]]], list[T]]
 ) -> list[T]:
-    """The results of some calls, each made by one process: rank r makes `work[r::world]`.
+    """The results of some calls that score, each made by one process: rank r makes `work[r::world]`.
 
     Args:
         work: The same list on every rank. Results travel between processes: tensors should be on the CPU.
         run: Makes this process's calls, in order.
-        doing: What the calls do, for errors.
-        results: What they yield, likewise.
 
     Returns:
         One result for each call, in their order and the same on every rank.
@@ -185,30 +168,29 @@ def share_out(
     world = world_size()
     if world == 1:
         return run(work)
-    mine, error = _attempt(lambda: run(work[rank() :: world]))
-    gathered: list[Any] = [None] * world
-    with _reported(f"gathering {results}"):
-        dist.all_gather_object(gathered, (mine, None if error is None else _name(error)))
-    if error is not None:
-        raise error
+    gathered = _gather(lambda: run(work[rank() :: world]), "gathering scores")
     failures = [f"rank {r}: {failure}" for r, (_, failure) in enumerate(gathered) if failure is not None]
     if failures:
-        raise DistributedError(f"{doing} failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
+        raise DistributedError(f"scoring failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
     return [gathered[i % world][0][i // world] for i in range(len(work))]
 
 
-def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """A result or its error, so that the error can be told to the others before it is raised."""
+def _gather(compute: Callable[[], Any], doing: str) -> list[tuple[Any, str | None]]:
+    """Every rank's result, or why it has none; an error of this rank's own is raised once the others know of it."""
+    result, failed, failure = None, None, None
     try:
-        return compute(), None
+        result = compute()
     except DistributedError:
         raise  # nobody is left to be told
     except Exception as error:
-        return None, error
-
-
-def _name(error: Exception) -> str:
-    return str(error) if isinstance(error, FxpruneError) else f"{type(error).__name__}: {error}"
+        failed = error
+        failure = str(error) if isinstance(error, FxpruneError) else f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None] * world_size()
+    with _reported(doing):
+        dist.all_gather_object(gathered, (result, failure))
+    if failed is not None:
+        raise failed
+    return gathered
 
 
 def share_of(batch: Inputs) -> tuple[Inputs, float]:
