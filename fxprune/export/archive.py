@@ -85,11 +85,7 @@ def require_harmless(archive: bytes, path: str) -> None:
 
 
 def require_compact(data: bytes) -> None:
-    """Refuse a zip archive that unpacks to several times its size; what torch writes is not compressed.
-
-    Raises:
-        ArtifactError: It does.
-    """
+    """Refuse, with an `ArtifactError`, a zip archive of several times its size; torch's are not compressed."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -181,10 +177,8 @@ def _plain_node(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
         return not isinstance(node.value, str) or _IDENTIFIER.fullmatch(node.value) is not None
     if isinstance(node, ast.Call):
-        callee = node.func
-        return isinstance(callee, ast.Attribute) or (
-            isinstance(callee, ast.Name) and _FUNCTION.fullmatch(callee.id) is not None
-        )
+        named = isinstance(node.func, ast.Name) and _FUNCTION.fullmatch(node.func.id) is not None
+        return named or isinstance(node.func, ast.Attribute)
     if isinstance(node, ast.Attribute):
         return node.attr in _METHODS or ast.unparse(node) in _CONSTANTS
     return isinstance(node, _OPERATIONS + _TERMS) and not (isinstance(node, ast.Name) and "__" in node.id)

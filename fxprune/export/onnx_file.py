@@ -256,15 +256,7 @@ def _require_free_batch(proto: onnx.ModelProto, network: nn.Module) -> None:
 def _compare(
     network: nn.Module, path: Path, examples: Inputs, tolerance: float | None
 ) -> tuple[float, float]:
-    """Run the file and the network at several batch sizes.
-
-    Returns:
-        The largest absolute difference, and the largest that was acceptable.
-
-    Raises:
-        ParityError: They disagree in number, shape or value of their outputs.
-        ExportError: One of the two cannot run.
-    """
+    """The largest absolute difference between the file and the network at several batch sizes, and the acceptable."""
     try:
         session = serving.open_session(
             path,

@@ -2,7 +2,8 @@
 
 Candidates are scored by one process each; recovery splits every batch. All communication is
 `torch.distributed`'s, whose object collectives pickle: they run between the processes of this one run only, never on
-anything read from outside. Every process must make the same calls in the same order.
+anything read from outside. Every process must make the same calls in the same order; each raises a
+`DistributedError` where another process ended.
 """
 
 from __future__ import annotations
@@ -117,11 +118,7 @@ def _reported(what: str) -> Iterator[None]:
 
 
 def same_everywhere(obj: T) -> T:
-    """Rank 0's object, on every rank; the others' are ignored. It is pickled on the way, tensors should be on the CPU.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """Rank 0's object, on every rank. It is pickled on the way, tensors should be on the CPU."""
     return on_main(lambda: obj)
 
 
@@ -129,7 +126,7 @@ def on_main(compute: Callable[[], T]) -> T:
     """What `compute` returns on rank 0, on every rank; the others wait, so that what is timed is timed undisturbed.
 
     Raises:
-        DistributedError: A process ended, or (on the others) `compute` failed on rank 0.
+        DistributedError: On the others, `compute` failed on rank 0.
     """
     if world_size() == 1:
         return compute()
@@ -143,7 +140,7 @@ def main_first(make: Callable[[], T]) -> T:
     """What `make` returns, made by every rank, but by rank 0 before the others begin: for folders and the like.
 
     Raises:
-        DistributedError: A process ended, or (on the others) `make` failed on rank 0.
+        DistributedError: On the others, `make` failed on rank 0.
     """
     made: list[T] = []
     on_main(lambda: made.append(make()))
@@ -163,7 +160,7 @@ def share_out(
         One result for each call, in their order and the same on every rank.
 
     Raises:
-        DistributedError: A process ended, or (on the others) one of its calls failed.
+        DistributedError: On the others, one of its calls failed.
     """
     world = world_size()
     if world == 1:
@@ -206,11 +203,7 @@ def share_of(batch: Inputs) -> tuple[Inputs, float]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a detached value over all ranks, on every rank.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """The sum of a detached value over all ranks, on every rank."""
     summed = value.detach().clone()
     if world_size() > 1:
         with _reported("adding losses"):
@@ -219,11 +212,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces gradients of weighted losses (see `share_of`) by their sum over all ranks: those of the whole batch.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """Replaces gradients of weighted losses (see `share_of`) by their sum over all ranks: those of the whole batch."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return
@@ -236,11 +225,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
-    """Gives floating-point buffers their mean over all ranks: running statistics saw different images on each.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """Gives floating-point buffers their mean over all ranks: running statistics saw different images on each."""
     if world_size() == 1:
         return
     with _reported("averaging running statistics"):

@@ -87,7 +87,13 @@ def load_images(
         OptionError: A number is out of range.
         SourceError: The folder is missing, or holds no image that can be read.
     """
-    _check_options(size, mean, std, limit)
+    if size < 1 or limit < 1:
+        raise OptionError(f"size is {size} and limit {limit}: give 1 or more.")
+    if (len(mean), len(std)) != (3, 3) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise OptionError(
+            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
+            "and standard deviations above 0."
+        )
     candidates = _image_files(Path(folder))
     random.Random(seed).shuffle(candidates)
     images: dict[Path, Tensor] = {}
@@ -114,17 +120,6 @@ def load_images(
         )
     logger.info("Read %d of %d images in %s.", len(images), len(candidates), folder)
     return ImageBatches(torch.stack([*images.values()]), (*images,), (*unreadable,), mean, std)
-
-
-def _check_options(size: int, mean: Sequence[float], std: Sequence[float], limit: int) -> None:
-    if size < 1 or limit < 1:
-        raise OptionError(f"size is {size} and limit {limit}: give 1 or more.")
-    finite = all(map(math.isfinite, (*mean, *std)))
-    if len(mean) != 3 or len(std) != 3 or not finite or min(std) <= 0:
-        raise OptionError(
-            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
-            "and standard deviations above 0."
-        )
 
 
 def _image_files(folder: Path) -> list[Path]:
