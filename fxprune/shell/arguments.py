@@ -10,12 +10,13 @@ from typing import get_args
 from fxprune.graph.regions import Kind
 from fxprune.options import RECIPES, Backend, Criterion, Selection
 
-__all__ = ["MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
+__all__ = ["FORMS", "MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
 
+FORMS = "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one"
+"""What names a network."""
 MOST_VALUES = 2**28
 """Values in one input: a GiB of float32."""
 
-_MODEL = "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one"
 _KINDS = tuple(kind.value for kind in Kind)
 _BACKENDS, _SELECTIONS = get_args(Backend), get_args(Selection)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -71,7 +72,7 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _add_model(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=_MODEL)
+    add("model", metavar="MODEL", help=FORMS)
     add("--weights", type=_path, metavar="FILE", help="checkpoint: .safetensors, .pt, .pth")
     add("--size", type=_size, default=224, help="image height and width (224)")
     kinds = f"kinds of region: {','.join(_KINDS)} (identity)"

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
-from fxprune.shell.arguments import MOST_VALUES
+from fxprune.shell.arguments import FORMS, MOST_VALUES
 
 __all__ = ["load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
-_FORMS = "Give torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one."
 _CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
@@ -60,10 +59,10 @@ def load_model(spec: str) -> nn.Module:
     if suffix in _CHECKPOINTS:
         raise SourceError(
             f"{spec} is a checkpoint: it holds weights, or a pickled network, which would run code from the file "
-            f"when it is read. Name the network, and give the file as --weights {spec}. {_FORMS}"
+            f"when it is read. Name the network, and give the file as --weights {spec}. Give {FORMS}."
         )
     hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
-    raise SourceError(f"{spec!r} names no network.{hint} {_FORMS}")
+    raise SourceError(f"{spec!r} names no network.{hint} Give {FORMS}.")
 
 
 def _library_model(library: str, name: str) -> nn.Module:
@@ -223,18 +222,18 @@ def onnx_inputs(
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for place, entry in enumerate(entries):
-        kind = entry.type.tensor_type
+        kind, name = entry.type.tensor_type, f"Input {entry.name} of {path}"
         # a free dimension has a name or nothing; dim_value then reads 0
         free = [max(dim.dim_value, 0) for dim in kind.shape.dim]
         shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
         if 0 in shape:
-            raise OptionError(f"Input {entry.name} of {path} has free dimensions: give --input-shape.")
+            raise OptionError(f"{name} has free dimensions: give --input-shape.")
         if math.prod(shape) > MOST_VALUES:
-            raise OptionError(f"Input {entry.name} of {path} would be {shape}: over {MOST_VALUES} values.")
+            raise OptionError(f"{name} would be {shape}: over {MOST_VALUES} values.")
         values = torch.randn(shape, generator=generator)
         numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         dtype = getattr(torch, str(numpy_type), None)
         if dtype is None:
-            raise SourceError(f"Input {entry.name} of {path} holds {numpy_type} values, which no tensor can.")
+            raise SourceError(f"{name} holds {numpy_type} values, which no tensor can.")
         inputs.append(values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
     return tuple(inputs)
