@@ -84,17 +84,14 @@ def iterate(loader: Any) -> Iterator[tuple[int, Any]]:
             "DataLoader, a list of batches, a tensor [N, C, H, W] or a Dataset."
         ) from error
     index = 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except FxpruneError:
-            raise
-        except Exception as error:
-            advice = f" {RESIZE}" if "equal size" in str(error) else ""
-            raise CalibrationError(
-                f"The loader failed at batch {index}: {type(error).__name__}: {error}{advice}"
-            ) from error
-        yield index, batch
-        index += 1
+    try:
+        for batch in iterator:
+            yield index, batch
+            index += 1
+    except FxpruneError:
+        raise
+    except Exception as error:
+        advice = f" {RESIZE}" if "equal size" in str(error) else ""
+        raise CalibrationError(
+            f"The loader failed at batch {index}: {type(error).__name__}: {error}{advice}"
+        ) from error

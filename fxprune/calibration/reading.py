@@ -60,8 +60,10 @@ def read_batch(
     except Exception as error:
         gist = f"{type(error).__name__}: {error}"
         raise CalibrationError(f"input_fn failed on batch {index}: {gist}") from error
-    if isinstance(result, (Tensor, tuple)):
-        return Inputs(result if isinstance(result, tuple) else (result,))
+    if isinstance(result, Tensor):
+        result = (result,)
+    if isinstance(result, tuple):
+        return Inputs(result)
     if isinstance(result, Mapping):
         return _keyword(result)
     raise CalibrationError(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -97,7 +98,6 @@ def export_onnx(
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
     proto = _wellformed(network, rows, opset, dynamic_image_size)
-    _require_free_batch(proto, network)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset not in (None, written):
         raise ExportError(
@@ -140,12 +140,8 @@ def _validated(example_inputs: Sequence[Tensor] | dict[str, Tensor], tolerance: 
         raise OptionError(
             f"the inputs' batch sizes differ: {[tuple(x.shape) for x in values]}; dimension 0 is the batch"
         )
-    inputs = (
-        Inputs((), dict(example_inputs))
-        if isinstance(example_inputs, dict)
-        else Inputs(tuple(example_inputs))
-    )
-    return inputs.map(lambda x: x.detach().cpu())
+    named = example_inputs if isinstance(example_inputs, dict) else {}
+    return Inputs(() if named else tuple(example_inputs), named).map(lambda x: x.detach().cpu())
 
 
 def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
@@ -213,6 +209,10 @@ def _convert(
     proto = program.model_proto
     for part in (proto.graph, *proto.functions):
         _forget_sources(part)
+    for entry in proto.graph.input:  # fixed, without a word, where a graph from torch.export was captured so
+        batch = entry.type.tensor_type.shape.dim[0]
+        if not batch.dim_param:
+            raise _refusal(network, f"its graph fixes the batch of {entry.name!r} to {batch.dim_value}")
     return proto
 
 
@@ -227,9 +227,7 @@ def _forget_sources(part: onnx.GraphProto | onnx.FunctionProto) -> None:
                 _forget_sources(inner)
 
 
-def _free_dimensions(
-    network: nn.Module, rows: Inputs, image_size: bool
-) -> dict[str, object] | tuple[object, ...]:
+def _free_dimensions(network: nn.Module, rows: Inputs, image_size: bool) -> Any:
     """The dimensions that stay symbolic, in the arrangement of the network's arguments."""
     batch = torch.export.Dim("batch", min=1)
     free = torch.export.Dim.DYNAMIC
@@ -237,20 +235,11 @@ def _free_dimensions(
     def of(x: Tensor) -> dict[int, object]:
         return {0: batch, 2: free, 3: free} if image_size and x.dim() == 4 else {0: batch}
 
-    if rows.kwargs:
-        return {name: of(x) for name, x in rows.kwargs.items()}
-    shapes = tuple(of(x) for x in rows.args)
+    shapes = pytree.tree_map(of, rows.kwargs or rows.args)
     first = next(iter(inspect.signature(network.forward).parameters.values()), None)
     # torch.export describes everything that arrives through *args as one nested tuple.
-    return (shapes,) if first is not None and first.kind is first.VAR_POSITIONAL else shapes
-
-
-def _require_free_batch(proto: onnx.ModelProto, network: nn.Module) -> None:
-    """The exporter keeps silent where a graph from `torch.export` was captured with a fixed batch size."""
-    for entry in proto.graph.input:
-        batch = entry.type.tensor_type.shape.dim[0]
-        if not batch.dim_param:
-            raise _refusal(network, f"its graph fixes the batch of {entry.name!r} to {batch.dim_value}")
+    starred = not rows.kwargs and first is not None and first.kind is first.VAR_POSITIONAL
+    return (shapes,) if starred else shapes
 
 
 def _compare(

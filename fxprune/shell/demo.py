@@ -47,24 +47,23 @@ class Digits:
     held_out_labels: Tensor
 
 
+def _normalised(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+
 class _Block(nn.Module):
     """A basic block, with a 1x1 projection beside it where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.projection: nn.Module = nn.Identity()
-        if inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.projection = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        first = _normalised(inputs, outputs, 3, stride)
+        self.branch = nn.Sequential(first, nn.ReLU(), _normalised(outputs, outputs, 3))
+        same = inputs == outputs
+        self.projection = nn.Identity() if same else _normalised(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = functional.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return functional.relu(out + self.projection(x))
+        return functional.relu(self.branch(x) + self.projection(x))
 
 
 class DigitsNet(nn.Module):
@@ -72,7 +71,7 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.stem = _normalised(1, 16, 3)
         self.stage1 = _stage(16, 16, stride=1)
         self.stage2 = _stage(16, 32, stride=2)
         self.stage3 = _stage(32, 64, stride=2)

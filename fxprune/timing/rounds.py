@@ -66,26 +66,16 @@ class TimingSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                ("warmup", self.warmup >= 0, "give 0 or more"),
-                ("min_rounds", self.min_rounds >= 1, "give 1 or more"),
-                (
-                    "max_rounds",
-                    self.max_rounds >= self.min_rounds,
-                    f"give min_rounds={self.min_rounds} or more",
-                ),
-                *(
-                    (name, getattr(self, name) > 0, "give more than 0")
-                    for name in ("max_seconds", "half_width", "relative")
-                ),
-                ("level", 0 < self.level < 1, "give a number between 0 and 1"),
-                ("resamples", self.resamples >= 1, "give 1 or more"),
-                ("seed", self.seed >= 0, "give 0 or more"),
-                ("threads", self.threads is None or self.threads >= 1, "give 1 or more, or None"),
-            ),
-        )
+        rules = [
+            *((name, getattr(self, name) >= 0, "give 0 or more") for name in ("warmup", "seed")),
+            *((name, getattr(self, name) >= 1, "give 1 or more") for name in ("min_rounds", "resamples")),
+            *((name, getattr(self, name) > 0, "give more than 0") for name in ("half_width", "relative")),
+            ("max_seconds", self.max_seconds > 0, "give more than 0"),
+            ("max_rounds", self.max_rounds >= self.min_rounds, f"give min_rounds={self.min_rounds} or more"),
+            ("level", 0 < self.level < 1, "give a number between 0 and 1"),
+            ("threads", self.threads is None or self.threads >= 1, "give 1 or more, or None"),
+        ]
+        require(self, rules)
 
 
 @dataclass(slots=True)
