@@ -68,10 +68,8 @@ def _runs(pid: int) -> bool:
         return True  # there, the call below would end it
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

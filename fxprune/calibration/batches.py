@@ -98,9 +98,7 @@ class CalibrationSet:
         if not 0.0 < fraction < 1.0:
             raise OptionError(f"fraction is {fraction}: give a number strictly between 0 and 1.")
         if self.size < 2:
-            raise CalibrationError(
-                "One calibration image cannot be split in two sets: give at least two images."
-            )
+            raise CalibrationError("One image cannot be split in two calibration sets: give two or more.")
         count = min(max(round(self.size * fraction), 1), self.size - 1)
         permutation = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
         parts = torch.split(permutation, [count, self.size - count])

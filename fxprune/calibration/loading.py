@@ -23,11 +23,6 @@ RESIZE = "Resize and crop all images to one size, for instance with torchvision.
 def narrow(loader: object, limit: int, seed: int) -> object:
     """What to iterate over instead: where a dataset lies below, only `limit` drawn images are loaded.
 
-    Args:
-        loader: Batches, all images as one tensor, or a `Dataset`.
-        limit: Images wanted.
-        seed: Fixes which.
-
     Raises:
         CalibrationError: The loader is a mapping or a string.
     """

@@ -146,8 +146,8 @@ def check_batch(inputs: Inputs, index: int) -> None:
             f"Batch {index} has shape {tuple(tensors[0].shape)}: images need a batch dimension and at least one more."
         )
     for tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            rows = (~torch.isfinite(tensor.reshape(sizes[0], -1))).any(dim=1).nonzero().flatten().tolist()
+        rows = (~torch.isfinite(tensor.reshape(sizes[0], -1))).any(dim=1).nonzero().flatten().tolist()
+        if rows:
             raise CalibrationError(
                 f"Batch {index} holds NaN or infinite values (image {', '.join(map(str, rows[:5]))} "
                 "of the batch): find the image or the transform that makes them."

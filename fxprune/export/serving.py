@@ -44,9 +44,8 @@ def open_session(
         raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
     printed = _require_cuda() if device == "cuda" else ""
     options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    fragile = half and device == "cpu"
-    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if fragile else levels.ORT_ENABLE_ALL
+    if half and device == "cpu":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
     if threads is not None:
@@ -83,10 +82,7 @@ def _require_cuda() -> str:
 
 
 def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> list[Array]:
-    """Run once, with inputs in the order of the network's own.
-
-    Returns:
-        The outputs in graph order.
+    """Run once, with inputs in the order of the network's own; outputs come in graph order.
 
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
@@ -100,10 +96,7 @@ def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -
 
 
 def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> Callable[[], None]:
-    """Bind inputs and outputs on the session's device, so that a call measures the network and no copies.
-
-    Returns:
-        A function that runs the network once and waits until it has finished.
+    """Bind inputs and outputs on the session's device: a call runs the network, without copies, and waits for its end.
 
     Raises:
         MeasurementError: The inputs do not fit the network; raised here or by the call.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -92,10 +91,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def load_digits(seed: int) -> Digits:
-    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back.
-
-    Args:
-        seed: Of the split.
+    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back, which `seed` chooses.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -181,7 +177,12 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
             progress=progress,
         )
         example = digits.held_out_images[:BATCH]
-        onnx = _export(model, small, example, out, progress=progress)
+        networks = {"original.onnx": fxprune.trace(model, example), "model.onnx": small}
+        onnx = {
+            name: fxprune.export_onnx(network, out / name, example).max_abs_diff
+            for name, network in tqdm(networks.items(), desc="export", disable=not progress)
+        }
+        artifact.save(small, out, example_inputs=(example,))
         backends = tqdm(BACKENDS, desc="measure", disable=not progress)
         latency = {
             name: _latency(fxprune.measure(model, small, inputs=example, backend=name)) for name in backends
@@ -218,18 +219,6 @@ def _quality(model: nn.Module, small: nn.Module, digits: Digits) -> dict[str, An
         "agreement": share(before == after),
         "parameters": {"before": size(model), "after": size(small)},
     }
-
-
-def _export(
-    model: nn.Module, small: GraphModule, example: Tensor, out: Path, *, progress: bool
-) -> dict[str, float]:
-    """Write both networks; return how far ONNX and torch lie apart for each file."""
-    differences: dict[str, float] = {}
-    networks = {"original.onnx": fxprune.trace(model, (example,)), "model.onnx": small}
-    for name, network in tqdm(networks.items(), desc="export", disable=not progress):
-        differences[name] = fxprune.export_onnx(network, out / name, (example,)).max_abs_diff
-    artifact.save(small, out, example_inputs=(example,))
-    return differences
 
 
 def _latency(comparison: LatencyComparison) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from fxprune.graph.regions import Discovery, Region
-from fxprune.measurements import Latency, LatencyComparison
+from fxprune.measurements import LatencyComparison
 from fxprune.reports.tables import render
 
 __all__ = ["comparison", "comparison_table", "describe", "tables"]
@@ -20,10 +20,9 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
     """What was found, ready for JSON: `counts` by kind, `regions`, `rejections`, parameters in all."""
     nodes = {node.name: node for node in gm.graph.nodes}
     users = _parameter_users(gm)
-    counts = Counter(region.kind.value for region in found.regions)
     return {
         "parameters": sum(parameter.numel() for parameter in gm.parameters()),
-        "counts": dict(counts),
+        "counts": dict(Counter(region.kind.value for region in found.regions)),
         "regions": [
             {
                 "label": region.label,
@@ -97,15 +96,11 @@ def comparison(result: LatencyComparison) -> dict[str, Any]:
 
 def comparison_table(result: LatencyComparison) -> str:
     """Medians with their spread, and the ratio with its interval; times in milliseconds."""
-
-    def row(name: str, latency: Latency) -> tuple[object, ...]:
-        times = (latency.median_s * 1e3, latency.p95_s * 1e3, latency.iqr_s * 1e3)
-        return (name, *times, latency.runs)
-
-    table = render(
-        ("network", "median ms", "p95 ms", "iqr ms", "runs"),
-        [row("before", result.before), row("after", result.after)],
-    )
+    rows = [
+        (name, *(1e3 * seconds for seconds in (one.median_s, one.p95_s, one.iqr_s)), one.runs)
+        for name, one in (("before", result.before), ("after", result.after))
+    ]
+    table = render(("network", "median ms", "p95 ms", "iqr ms", "runs"), rows)
     before, interval = result.before, result.interval
     verdict = "" if result.distinguishable else "; not distinguishable from no gain"
     return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import importlib.util
 import inspect
 import logging
@@ -12,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +91,12 @@ def _factory_model(path: Path, factory: str) -> nn.Module:
     if not path.is_file():
         raise SourceError(f"The file {path} does not exist.")
     with _foreign_code(path, f"{path} cannot be imported"):
-        module = _import_file(path)
+        spec = importlib.util.spec_from_file_location(f"_fxprune_source_{path.stem}", path)
+        assert spec is not None and spec.loader is not None  # its name ends in .py
+        module = importlib.util.module_from_spec(spec)
+        # registered, because dataclasses and torch.fx look a class's module up by name
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     build = getattr(module, factory, None)
     if not callable(build):
         names = sorted(name for name in vars(module) if callable(vars(module)[name]) and name[0] != "_")
@@ -119,16 +122,6 @@ def _foreign_code(path: Path, failure: str) -> Iterator[None]:
         raise SourceError(f"{failure}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
-
-
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_fxprune_source_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # its name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    # registered, because dataclasses and torch.fx look a class's module up by name
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

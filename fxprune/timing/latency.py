@@ -117,9 +117,7 @@ def _device_of(backend: str, device: str | None) -> torch.device:
     if bound and place.type != implied:
         raise OptionError(f"backend={backend!r} runs on {implied}, which contradicts device={device!r}")
     if bound and place.index not in (None, 0):
-        raise OptionError(
-            f"backend={backend!r} runs on the first device only, device={device!r} was asked for"
-        )
+        raise OptionError(f"backend={backend!r} runs on the first device only, not on device={device!r}")
     if place.type == "cpu":
         return torch.device("cpu")
     _require_cuda(place)

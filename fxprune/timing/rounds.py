@@ -103,14 +103,7 @@ class Contestant:
 def median_interval(
     values: Sequence[float] | Times, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """The percentile bootstrap interval of a median (Efron 1979).
-
-    Args:
-        values: One or more numbers.
-        level: Coverage.
-        resamples: How many samples are drawn with replacement.
-        seed: Of the draw.
-    """
+    """The percentile bootstrap interval of a median (Efron 1979), from `resamples` draws with replacement."""
     sample = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, sample.size, size=(resamples, sample.size))
     low, high = np.quantile(np.median(sample[drawn], axis=1), [(1 - level) / 2, (1 + level) / 2])
