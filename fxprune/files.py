@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, whatever ends the run: an error, SIGKILL, a full disk, no power."""
+"""Files that are written whole or not at all, whatever ends the run: an error, SIGKILL, a full disk, no power.
+
+What cannot be written is an `ArtifactError`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,19 +36,12 @@ _IDLE_S, _ABANDONED_S = 60.0, 24 * 3600.0
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` if need be, and prove that files can be written there, before any long work starts.
-
-    Raises:
-        ArtifactError: It cannot be created or written.
-    """
+    """Create `folder` if need be, and prove that files can be written there, before any long work starts."""
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(target / "probe")
-        try:
-            probe.write_bytes(b"fxprune")
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=target) as probe:
+            probe.write(b"fxprune")
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
     remove_leftovers(target)
@@ -71,20 +68,14 @@ def _runs(pid: int) -> bool:
         return True  # there, the call below would end it
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place on success and vanishes on any exception.
-
-    Raises:
-        ArtifactError: The folder does not exist or cannot be written, or the disk is full.
-    """
+    """Yield a temporary path beside `path`, which takes its place on success and vanishes on any exception."""
     target = Path(path)
     temporary = _temporary(target)
     try:
@@ -100,31 +91,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data`, whole or not at all.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
+    """Write `data`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     _logger.debug("wrote %s (%d bytes)", path, len(data))
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
+    """Write `text` as UTF-8, whole or not at all."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented JSON, whole or not at all; numbers that are not finite are refused.
-
-    Raises:
-        ArtifactError: It cannot be expressed as JSON, or not be written.
-    """
+    """Write `obj` as indented JSON, whole or not at all; numbers that are not finite are refused."""
     try:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -158,6 +158,7 @@ def test_an_archive_with_sample_inputs_and_guards_is_accepted(tmp_path: Path) ->
         ('"name": "linear"', '"name": "linear = print()"', "plain name"),
         ('"parameter_name": "head.bias"', '"parameter_name": "head.b\\");print(\\""', "plain name"),
         ('\\"context\\": \\"null\\"', '\\"context\\": \\"{\\\\\\"__enum__\\\\\\": 1}\\"', "import"),
+        ('\\"context\\": \\"null\\"', '\\"context\\": {\\"default_factory_module\\": \\"this\\"}', "import"),
     ],
 )
 def test_graphs_that_could_run_code_are_refused(

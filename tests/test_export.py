@@ -20,6 +20,7 @@ from torchvision.models import VisionTransformer
 from fxprune.errors import ExportError, OptionError, ParityError
 from fxprune.export import onnx_file, serving
 from fxprune.export.attention import FourDimensionalAttention
+from fxprune.graph.call import Inputs
 from fxprune.tracing.evaluation import evaluation_copy
 
 
@@ -188,7 +189,7 @@ def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_pat
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, onnx_file._wellformed(evaluation_copy(model), [torch.randn(3, 3)], None, False)
+    return model, onnx_file._wellformed(evaluation_copy(model), Inputs((torch.randn(3, 3),)), None, False)
 
 
 @pytest.fixture

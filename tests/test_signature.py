@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fxprune
-from fxprune.timing.signature import signature
+from fxprune.timing.savings import signature
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
+from fxprune.shell import images as shell_images
 from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD, load_images
 from fxprune.shell.sources import load_model, load_weights, onnx_inputs
 
@@ -251,10 +252,13 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_images_equal_torchvisions_evaluation_transform(photos: Path) -> None:
+def test_images_equal_torchvisions_evaluation_transform(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torchvision import transforms
 
-    images = load_images(photos, size=28, limit=100, batch_size=3)
+    monkeypatch.setattr(shell_images, "BATCH", 3)
+    images = load_images(photos, size=28, limit=100)
     reference = transforms.Compose(
         [
             transforms.Resize(32),
@@ -343,8 +347,6 @@ def test_folders_without_images(tmp_path: Path) -> None:
     [
         {"size": 0},
         {"limit": 0},
-        {"batch_size": 0},
-        {"resize": 3, "size": 8},
         {"std": (0, 1, 1)},
         {"mean": (1,)},
         {"mean": (float("nan"), 0, 0)},

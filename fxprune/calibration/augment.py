@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Generator, Tensor
 
 from fxprune.errors import OptionError
@@ -115,20 +114,14 @@ def augmentation(*, crop_flip: bool, mix: bool) -> Augmentation | None:
         return None
 
     def augment(inputs: Inputs, generator: Generator) -> Inputs:
-        leaves, structure = pytree.tree_flatten((inputs.args, inputs.kwargs))
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim == 4]
-        if len(places) != 1:
+        found = [leaf for leaf in inputs.tensors() if leaf.ndim == 4]
+        if len(found) != 1 or found[0].shape[3] <= 4 < found[0].shape[1] or not found[0].is_floating_point():
             return inputs
-        images = leaves[places[0]]
-        channels_last = images.shape[3] <= 4 < images.shape[1]
-        if channels_last or not images.is_floating_point():
-            return inputs
+        images = found[0]
         if crop_flip:
             images = random_crop_flip(images, generator)
         if mix:
             images = cutmix(images, generator)
-        leaves[places[0]] = images
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
-        return Inputs(args, kwargs)
+        return inputs.map(lambda leaf: images if leaf is found[0] else leaf)
 
     return augment

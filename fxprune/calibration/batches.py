@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fxprune.calibration.augment import Augmentation
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
 
 __all__ = ["CalibrationSet", "check_positive"]
 
 
-Augmentation = Callable[[Inputs, torch.Generator], Inputs]
-
-
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CalibrationSet:
     """The calibration images; iterating never consumes them, and the same seed gives the same batches.
 
-    Args:
+    Attributes:
         inputs: All images as one batch, on the CPU.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
-        self._size = inputs.batch_size
+    inputs: Inputs
 
     def __len__(self) -> int:
-        return self._size
-
-    def __repr__(self) -> str:
-        return f"CalibrationSet({self._size} x {[tuple(t.shape[1:]) for t in self._inputs.tensors()]})"
+        return self.size
 
     @property
     def size(self) -> int:
         """Number of images."""
-        return self._size
-
-    @property
-    def inputs(self) -> Inputs:
-        """All images as one batch."""
-        return self._inputs
+        return self.inputs.batch_size
 
     @property
     def pixels(self) -> int:
         """Height times width of an image; 1 for inputs without such dimensions."""
-        return max((t.shape[-2] * t.shape[-1] for t in self._inputs.tensors() if t.ndim >= 4), default=1)
+        return max((t.shape[-2] * t.shape[-1] for t in self.inputs.tensors() if t.ndim >= 4), default=1)
 
     def example(self, n: int = 1) -> Inputs:
         """The first `n` images, or all if there are fewer."""
@@ -61,11 +51,11 @@ class CalibrationSet:
             OptionError: `batch_size` is below 1.
         """
         check_positive("batch_size", batch_size)
-        for start in range(0, self._size, batch_size):
+        for start in range(0, self.size, batch_size):
             yield self._narrow(start, start + batch_size)
 
     def _narrow(self, start: int, stop: int) -> Inputs:
-        return self._inputs.map(lambda tensor: tensor[start:stop])
+        return self.inputs.map(lambda tensor: tensor[start:stop])
 
     def stream(
         self, batch_size: int, iterations: int, seed: int, augment: Augmentation | None = None
@@ -86,16 +76,16 @@ class CalibrationSet:
         check_positive("batch_size", batch_size)
         if iterations < 0:
             raise OptionError(f"iterations is {iterations}: it counts batches, so give 0 or more.")
-        batch_size = min(batch_size, self._size)
+        batch_size = min(batch_size, self.size)
         # two generators: switching augmentation on must not change which images come together
         order = torch.Generator().manual_seed(seed)
         noise = torch.Generator().manual_seed(seed + 1)
-        per_epoch = self._size // batch_size
+        per_epoch = self.size // batch_size
         for iteration in range(iterations):
             if iteration % per_epoch == 0:
-                permutation = torch.randperm(self._size, generator=order)
+                permutation = torch.randperm(self.size, generator=order)
             start = iteration % per_epoch * batch_size
-            batch = self._inputs.select(permutation[start : start + batch_size])
+            batch = self.inputs.select(permutation[start : start + batch_size])
             yield batch if augment is None else augment(batch, noise)
 
     def split(self, fraction: float, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
@@ -107,18 +97,17 @@ class CalibrationSet:
         """
         if not 0.0 < fraction < 1.0:
             raise OptionError(f"fraction is {fraction}: give a number strictly between 0 and 1.")
-        if self._size < 2:
-            raise CalibrationError(
-                "One calibration image cannot be split in two sets: give at least two images."
-            )
-        count = min(max(round(self._size * fraction), 1), self._size - 1)
-        permutation = torch.randperm(self._size, generator=torch.Generator().manual_seed(seed))
-        first, second = permutation[:count].sort().values, permutation[count:].sort().values
-        return CalibrationSet(self._inputs.select(first)), CalibrationSet(self._inputs.select(second))
+        if self.size < 2:
+            raise CalibrationError("One image cannot be split in two calibration sets: give two or more.")
+        count = min(max(round(self.size * fraction), 1), self.size - 1)
+        permutation = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        parts = torch.split(permutation, [count, self.size - count])
+        first, second = (CalibrationSet(self.inputs.select(part.sort().values)) for part in parts)
+        return first, second
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over structure, shapes, types and bytes: equal exactly when the images are."""
-        leaves, structure = pytree.tree_flatten((self._inputs.args, self._inputs.kwargs))
+        leaves, structure = pytree.tree_flatten((self.inputs.args, self.inputs.kwargs))
         digest = hashlib.sha256(repr(structure).encode())
         for leaf in leaves:
             if isinstance(leaf, Tensor):

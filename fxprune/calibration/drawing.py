@@ -38,16 +38,13 @@ def draw(
 ) -> CalibrationSet:
     """Draw the calibration images from a loader, which is iterated once.
 
-    Where there are more than `limit` images, the first ones would often be of one class, so the draw is
-    random:
+    Where there are more than `limit` images, the first ones would often be of one class, so the draw is random. Of a
+    `Dataset`, and of a `DataLoader` that goes through one in order or shuffled, `limit` indices are drawn and no other
+    image is loaded. A tensor and any other iterable of batches go through a reservoir (Vitter's algorithm R), which
+    keeps `limit` images and one batch in memory, and stops after `STREAMED * limit` images.
 
-    1. a `Dataset`, and a `DataLoader` over one that goes through it in order or shuffled: `limit` indices
-       are drawn first and no other image is loaded;
-    2. a tensor, and any other iterable of batches: reservoir sampling (Vitter's algorithm R), which keeps
-       `limit` images and one batch in memory, and stops after `STREAMED * limit` images.
-
-    Neither the draw nor its order depends on the batch size or on the global random state, unless the
-    loader's own transforms or sampler do.
+    Neither the draw nor its order depends on the batch size or on the global random state, unless the loader's own
+    transforms or sampler do.
 
     Args:
         loader: Batches; or all images as one tensor [N, C, H, W]; or a `Dataset`.
@@ -81,14 +78,11 @@ class _Reservoir:
         self._limit = limit
         self._random = random.Random(seed)
         self._samples: list[list[Tensor]] = []
-        self._leaves: list[Any] = []
-        self._structure: pytree.TreeSpec | None = None
+        self._first: Inputs | None = None
 
     def add(self, inputs: Inputs, index: int) -> None:
-        leaves, structure = pytree.tree_flatten((inputs.args, inputs.kwargs))
-        if self._structure is None:
-            self._leaves, self._structure = leaves, structure
-        _check_alike(self._leaves, leaves, index, same_structure=structure == self._structure)
+        self._first = self._first or inputs
+        _check_alike(self._first, inputs, index)
         chosen: dict[int, int] = {}
         for row in range(inputs.batch_size):
             slot = self.seen if self.seen < self._limit else self._random.randrange(self.seen + 1)
@@ -101,28 +95,23 @@ class _Reservoir:
             self._samples[slot : slot + 1] = [[tensor[row].detach().cpu().clone() for tensor in tensors]]
 
     def finish(self) -> CalibrationSet:
-        if self._structure is None:
+        if self._first is None:
             raise CalibrationError(
                 "The loader yields no batch: give at least one image (an iterator that was used before is "
                 "exhausted; give the loader itself)."
             )
         if self.seen > len(self._samples):
             logger.info("Drew %d calibration images out of %d.", len(self._samples), self.seen)
-        columns = iter(range(len(self._samples[0])))
-        leaves = [self._stack(next(columns)) if is_batched(leaf) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        return CalibrationSet(Inputs(args, kwargs).to("cpu"))
-
-    def _stack(self, column: int) -> Tensor:
-        return torch.stack([sample[column] for sample in self._samples])
+        columns = zip(*self._samples, strict=True)
+        return CalibrationSet(self._first.map(lambda _: torch.stack(next(columns))).to("cpu"))
 
 
-_CONSTANT = "what has no batch dimension must be the same for all images; leave it out with input_fn=."
-
-
-def _check_alike(first: Sequence[Any], leaves: Sequence[Any], index: int, *, same_structure: bool) -> None:
-    pairs = list(zip(first, leaves, strict=False))
-    if not same_structure or any(is_batched(expected) != is_batched(leaf) for expected, leaf in pairs):
+def _check_alike(first: Inputs, inputs: Inputs, index: int) -> None:
+    expected_leaves, structure = pytree.tree_flatten((first.args, first.kwargs))
+    leaves, own_structure = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    pairs = list(zip(expected_leaves, leaves, strict=False))
+    alike = all(is_batched(expected) == is_batched(leaf) for expected, leaf in pairs)
+    if structure != own_structure or not alike:
         raise CalibrationError(
             f"Batch {index} is built differently from batch 0: all batches must have the same parts and keys."
         )
@@ -130,15 +119,15 @@ def _check_alike(first: Sequence[Any], leaves: Sequence[Any], index: int, *, sam
         if not is_batched(expected):
             if repr(leaf) != repr(expected):
                 raise CalibrationError(
-                    f"Batch {index} holds {leaf!r} where batch 0 holds {expected!r}: {_CONSTANT}"
+                    f"Batch {index} holds {leaf!r} where batch 0 holds {expected!r}: what has no batch dimension must "
+                    "be the same for all images; leave it out with input_fn=."
                 )
-            continue
-        if leaf.shape[1:] != expected.shape[1:]:
+        elif leaf.shape[1:] != expected.shape[1:]:
             raise CalibrationError(
                 f"Images of mixed sizes: batch {index} holds {tuple(leaf.shape[1:])}, batch 0 "
                 f"{tuple(expected.shape[1:])}. {RESIZE}"
             )
-        if leaf.dtype != expected.dtype:
+        elif leaf.dtype != expected.dtype:
             raise CalibrationError(
                 f"Batch {index} holds {leaf.dtype}, batch 0 {expected.dtype}: convert all images to one type."
             )

@@ -23,11 +23,6 @@ RESIZE = "Resize and crop all images to one size, for instance with torchvision.
 def narrow(loader: object, limit: int, seed: int) -> object:
     """What to iterate over instead: where a dataset lies below, only `limit` drawn images are loaded.
 
-    Args:
-        loader: Batches, all images as one tensor, or a `Dataset`.
-        limit: Images wanted.
-        seed: Fixes which.
-
     Raises:
         CalibrationError: The loader is a mapping or a string.
     """
@@ -84,17 +79,14 @@ def iterate(loader: Any) -> Iterator[tuple[int, Any]]:
             "DataLoader, a list of batches, a tensor [N, C, H, W] or a Dataset."
         ) from error
     index = 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except FxpruneError:
-            raise
-        except Exception as error:
-            advice = f" {RESIZE}" if "equal size" in str(error) else ""
-            raise CalibrationError(
-                f"The loader failed at batch {index}: {type(error).__name__}: {error}{advice}"
-            ) from error
-        yield index, batch
-        index += 1
+    try:
+        for batch in iterator:
+            yield index, batch
+            index += 1
+    except FxpruneError:
+        raise
+    except Exception as error:
+        advice = f" {RESIZE}" if "equal size" in str(error) else ""
+        raise CalibrationError(
+            f"The loader failed at batch {index}: {type(error).__name__}: {error}{advice}"
+        ) from error

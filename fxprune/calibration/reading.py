@@ -30,9 +30,7 @@ logger = logging.getLogger(__name__)
 KNOWN_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "img")
 """Keys under which a batch that is a mapping may hold the images."""
 
-_ADVICE = (
-    "pass input_fn=, a function from a batch to a tensor, a tuple (arguments) or a dict (keyword arguments)"
-)
+_ADVICE = "pass input_fn=, from a batch to a tensor, a tuple (arguments) or a dict (keyword arguments)"
 
 
 def read_batch(
@@ -60,11 +58,10 @@ def read_batch(
     except FxpruneError:
         raise
     except Exception as error:
-        raise CalibrationError(
-            f"input_fn failed on batch {index}: {type(error).__name__}: {error}"
-        ) from error
+        gist = f"{type(error).__name__}: {error}"
+        raise CalibrationError(f"input_fn failed on batch {index}: {gist}") from error
     if isinstance(result, Tensor):
-        return Inputs((result,))
+        result = (result,)
     if isinstance(result, tuple):
         return Inputs(result)
     if isinstance(result, Mapping):
@@ -131,37 +128,31 @@ def check_batch(inputs: Inputs, index: int) -> None:
         raise CalibrationError(
             f"Batch {index} holds a sparse tensor or one on the meta device: give plain tensors with values."
         )
-    sizes = [int(tensor.shape[0]) for tensor in tensors]
     if any(tensor.numel() == 0 for tensor in tensors):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise CalibrationError(
             f"Batch {index} is empty (shape {shapes}): leave such batches out of the loader."
         )
+    sizes = [len(tensor) for tensor in tensors]
     if len(set(sizes)) > 1:
         raise CalibrationError(
-            f"The tensors of batch {index} hold {', '.join(map(str, sizes))} images: dimension 0 must "
-            "be the batch."
+            f"The tensors of batch {index} hold {', '.join(map(str, sizes))} images: dimension 0 must be the batch."
         )
-    _check_image(tensors, index, positional=bool(inputs.args))
-    for tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            rows = (~torch.isfinite(tensor.reshape(sizes[0], -1))).any(dim=1).nonzero().flatten().tolist()
-            raise CalibrationError(
-                f"Batch {index} holds NaN or infinite values (image {', '.join(map(str, rows[:5]))} "
-                "of the batch): find the image or the transform that makes them."
-            )
-
-
-def _check_image(tensors: tuple[Tensor, ...], index: int, *, positional: bool) -> None:
     # arguments have an order, keywords have none: there any floating tensor may be the images
-    candidates = tensors[:1] if positional else tensors
+    candidates = tensors[:1] if inputs.args else tensors
     if not any(tensor.is_floating_point() for tensor in candidates):
         raise CalibrationError(
             f"Batch {index} holds {candidates[0].dtype}, not floating-point images: convert and normalise "
             "them as for training (8-bit images: .float() / 255, minus mean, over standard deviation)."
         )
-    if positional and tensors[0].ndim < 2:
+    if inputs.args and tensors[0].ndim < 2:
         raise CalibrationError(
-            f"Batch {index} has shape {tuple(tensors[0].shape)}: images need a batch dimension and at "
-            "least one more."
+            f"Batch {index} has shape {tuple(tensors[0].shape)}: images need a batch dimension and at least one more."
         )
+    for tensor in tensors:
+        rows = (~torch.isfinite(tensor.reshape(sizes[0], -1))).any(dim=1).nonzero().flatten().tolist()
+        if rows:
+            raise CalibrationError(
+                f"Batch {index} holds NaN or infinite values (image {', '.join(map(str, rows[:5]))} "
+                "of the batch): find the image or the transform that makes them."
+            )

@@ -38,10 +38,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*|")
 _QUALIFIED = re.compile(r"[\w.\-/: ]*")
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|torchvision|higher_order|quantized_decomposed)(\.(?!_*from_file|save\b|__)\w+)+"
-    r"|(_operator|math)\.[a-z]\w*|torch\.sym_\w+"
+    # of the operator module, three call or look up by name
+    r"|_operator\.(?!(attrgetter|methodcaller|call)\b)[a-z]\w*|math\.[a-z]\w*|torch\.sym_\w+"
 )
-# Of the operator module, these three call or look up by name.
-_FORBIDDEN_OPERATORS = frozenset({"_operator.attrgetter", "_operator.methodcaller", "_operator.call"})
 _NAME_KEYS: dict[str, re.Pattern[str]] = {
     **dict.fromkeys(("name", "as_name", "forward_arg_names", "field_names", "user_input_name"), _IDENTIFIER),
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), _QUALIFIED),
@@ -73,7 +72,7 @@ def require_harmless(archive: bytes, path: str) -> None:
         ArtifactError: The archive is damaged, a zip bomb, of an older format, or not provably harmless.
     """
     try:
-        finding = _refusal(archive)
+        finding = next(_findings(archive), "")
     except Exception as error:  # malformed in one of countless ways, from its directory to its JSON
         raise ArtifactError(
             f"{path} is not a readable .pt2 archive ({innermost(error)}): write it again with torch.export.save"
@@ -86,11 +85,7 @@ def require_harmless(archive: bytes, path: str) -> None:
 
 
 def require_compact(data: bytes) -> None:
-    """Refuse a zip archive that unpacks to several times its size; what torch writes is not compressed.
-
-    Raises:
-        ArtifactError: It does.
-    """
+    """Refuse, with an `ArtifactError`, a zip archive of several times its size; torch's are not compressed."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -98,29 +93,20 @@ def require_compact(data: bytes) -> None:
             raise ArtifactError(f"a zip bomb: {len(data)} bytes unpack to {size}")
 
 
-def _refusal(archive: bytes) -> str:
-    """What is not provably harmless, in words, or nothing.
-
-    Raises:
-        ArtifactError: The archive is damaged.
-        Exception: It is malformed.
-    """
+def _findings(archive: bytes) -> Iterator[str]:
+    """What is not provably harmless, in words; lazily, the first is enough. Damage raises whatever it leads to."""
     require_compact(archive)
     with zipfile.ZipFile(io.BytesIO(archive)) as directory:
         checksums = {entry.filename.partition("/")[2]: entry.CRC for entry in directory.infolist()}
     # The reader that torch uses, so that both see the same entries; it checks no checksums.
     reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    read: Callable[[str], bytes] = reader.get_record
     entries: list[str] = reader.get_all_records()
     for entry in entries:
-        if zlib.crc32(reader.get_record(entry)) != checksums[entry]:
+        if zlib.crc32(read(entry)) != checksums[entry]:
             raise ArtifactError(f"the entry {entry!r} is damaged")
     if "models/model.json" not in entries:
         raise ArtifactError("it is no exported network of torch 2.8 or newer")
-    return next(_findings(entries, reader.get_record), "")
-
-
-def _findings(entries: list[str], read: Callable[[str], bytes]) -> Iterator[str]:
-    """What is not provably harmless, in words; lazily, the first is enough."""
     for entry in entries:
         if not _ENTRY.fullmatch(entry):
             yield f"it holds the entry {entry!r}"
@@ -128,7 +114,11 @@ def _findings(entries: list[str], read: Callable[[str], bytes]) -> Iterator[str]
             yield f"the pickle {entry!r} is unsafe ({reason})"
         if entry.endswith("_config.json"):
             yield from _payload_findings(entry, read)
-    yield from _text_findings(json.loads(read("models/model.json")), key="")
+    for key, value in _within(json.loads(read("models/model.json"))):
+        if key in ("as_custom_obj", "custom_obj_values") and value:
+            yield "its graph uses a custom object"
+        elif isinstance(value, str):
+            yield from _string_findings(value, key)
 
 
 def _payload_findings(config: str, read: Callable[[str], bytes]) -> Iterator[str]:
@@ -153,62 +143,48 @@ def _pickle_reason(data: bytes) -> str:
     return ""
 
 
-def _text_findings(value: Any, key: str) -> Iterator[str]:
-    """Walk the graph's JSON and judge every string that becomes code or an attribute look-up."""
+def _within(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values that a JSON value holds, and itself, each with the key that leads to it."""
+    yield key, value
     if isinstance(value, dict):
-        if value.get("as_custom_obj") or value.get("custom_obj_values"):
-            yield "its graph uses a custom object"
         for inner_key, inner in value.items():
-            yield from _text_findings(inner, inner_key)
+            yield from _within(inner, inner_key)
     elif isinstance(value, list):
         for inner in value:
-            yield from _text_findings(inner, key)
-    elif isinstance(value, str):
-        yield from _string_findings(value, key)
+            yield from _within(inner, key)
 
 
 def _string_findings(text: str, key: str) -> Iterator[str]:
+    """What a string of the graph that becomes code, or is looked up, would do."""
     if (pattern := _NAME_KEYS.get(key)) and not pattern.fullmatch(text):
         yield f"the {key} {text!r} is not a plain name"
-    if text in _FORBIDDEN_OPERATORS:
-        yield f"its graph calls {text}"
-    if key in ("expr_str", "guards_code") and not _plain_expression(text):
+    if key in ("expr_str", "guards_code") and not all(
+        map(_plain_node, ast.walk(ast.parse(text, mode="eval")))
+    ):
         yield f"the {key} {text!r} is not plain arithmetic"
-    if key in ("in_spec", "out_spec") and not _plain_structure(json.loads(text)):
+    if key in ("in_spec", "out_spec") and not _plain_structure(text):
         yield f"the {key} {text[:80]!r} names something to import"
 
 
-def _plain_expression(text: str) -> bool:
-    """Whether `text` is arithmetic over sizes: the known functions, names and numbers, nothing else."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return all(_plain_node(node) for node in ast.walk(tree))
-
-
 def _plain_node(node: ast.AST) -> bool:
+    """Whether a part of an expression is arithmetic over sizes: known functions, names and numbers, nothing else."""
     if isinstance(node, ast.Constant):
         return not isinstance(node.value, str) or _IDENTIFIER.fullmatch(node.value) is not None
     if isinstance(node, ast.Call):
-        callee = node.func
-        return isinstance(callee, ast.Attribute) or (
-            isinstance(callee, ast.Name) and _FUNCTION.fullmatch(callee.id) is not None
-        )
+        named = isinstance(node.func, ast.Name) and _FUNCTION.fullmatch(node.func.id) is not None
+        return named or isinstance(node.func, ast.Attribute)
     if isinstance(node, ast.Attribute):
         return node.attr in _METHODS or ast.unparse(node) in _CONSTANTS
     return isinstance(node, _OPERATIONS + _TERMS) and not (isinstance(node, ast.Name) and "__" in node.id)
 
 
-def _plain_structure(spec: Any) -> bool:
+def _plain_structure(text: str) -> bool:
     """Whether a container description holds names only; enumerations and default factories import modules."""
-    if isinstance(spec, dict):
-        if "__enum__" in spec or "default_factory_module" in spec:
+    for key, value in _within(json.loads(text)):
+        if key in ("__enum__", "default_factory_module"):
             return False
-        context = spec.get("context")
-        if isinstance(context, str) and not _plain_structure(json.loads(context)):
+        if isinstance(value, str) and not (
+            _plain_structure(value) if key == "context" else _QUALIFIED.fullmatch(value)
+        ):
             return False
-        return all(_plain_structure(inner) for key, inner in spec.items() if key != "context")
-    if isinstance(spec, list):
-        return all(_plain_structure(inner) for inner in spec)
-    return not isinstance(spec, str) or _QUALIFIED.fullmatch(spec) is not None
+    return True

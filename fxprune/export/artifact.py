@@ -110,16 +110,17 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ArtifactError: It is missing, damaged, holds no weights, or would have to run code to be read.
     """
     source = Path(path)
-    if source.suffix == ".safetensors":
-        try:
-            return _unsealed(_read_bytes(source))
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{source} is damaged or no safetensors file: {error}") from error
-    if source.suffix not in _PICKLE_SUFFIXES:
+    if source.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
         raise ArtifactError(
             f"{source}: weights are read from .safetensors, {', '.join(_PICKLE_SUFFIXES)} only"
         )
-    state = _load_pickle(source)
+    data = _read_bytes(source)
+    if source.suffix == ".safetensors":
+        try:
+            return _unsealed(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{source} is damaged or no safetensors file: {error}") from error
+    state = _load_pickle(source, data)
     if isinstance(state, dict):
         state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
@@ -130,8 +131,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _load_pickle(source: Path) -> Any:
-    data = _read_bytes(source)
+def _load_pickle(source: Path, data: bytes) -> Any:
     try:
         require_compact(data)
         with quiet():

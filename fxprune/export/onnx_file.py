@@ -8,12 +8,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -23,14 +21,12 @@ from fxprune.export import serving
 from fxprune.export.attention import FourDimensionalAttention
 from fxprune.export.messages import innermost, quiet
 from fxprune.files import remove_leftovers, replacing
+from fxprune.graph.call import Inputs
 from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["ExportRecord", "export_onnx"]
 
 _logger = logging.getLogger(__name__)
-
-Inputs: TypeAlias = "Sequence[Tensor] | dict[str, Tensor]"
-Array: TypeAlias = npt.NDArray[np.generic]
 
 BATCH_SIZES = (1, 2, 5)
 # torch.export takes sizes 0 and 1 for constants, and 2 is often another dimension's size too.
@@ -72,7 +68,7 @@ class ExportRecord:
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Inputs,
+    example_inputs: Sequence[Tensor] | dict[str, Tensor],
     *,
     verify: bool = True,
     tolerance: float | None = None,
@@ -102,7 +98,6 @@ def export_onnx(
     _require_single_file(network)
     rows = _resized(examples, _EXPORT_BATCH, seed=0)
     proto = _wellformed(network, rows, opset, dynamic_image_size)
-    _require_free_batch(proto, network)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset not in (None, written):
         raise ExportError(
@@ -113,9 +108,9 @@ def export_onnx(
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(proto.SerializeToString())
-            diff, accepted = (
-                _compare(network, temporary, examples, tolerance) if verify else (0.0, tolerance or 0.0)
-            )
+            diff, accepted = 0.0, tolerance or 0.0
+            if verify:
+                diff, accepted = _compare(network, temporary, examples, tolerance)
             size = temporary.stat().st_size
     except ArtifactError as error:
         raise ExportError(str(error)) from error
@@ -132,8 +127,8 @@ def export_onnx(
     )
 
 
-def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
-    """The inputs on the CPU, detached, in a container of their own."""
+def _validated(example_inputs: Sequence[Tensor] | dict[str, Tensor], tolerance: float | None) -> Inputs:
+    """The inputs on the CPU, detached."""
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance={tolerance}: give an absolute difference of 0 or more, or None")
     values = pytree.tree_leaves(example_inputs)
@@ -145,8 +140,8 @@ def _validated(example_inputs: Inputs, tolerance: float | None) -> Inputs:
         raise OptionError(
             f"the inputs' batch sizes differ: {[tuple(x.shape) for x in values]}; dimension 0 is the batch"
         )
-    own: Inputs = pytree.tree_map(lambda x: x.detach().cpu(), example_inputs)
-    return own
+    named = example_inputs if isinstance(example_inputs, dict) else {}
+    return Inputs(() if named else tuple(example_inputs), named).map(lambda x: x.detach().cpu())
 
 
 def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
@@ -161,8 +156,7 @@ def _resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
             rows += 0.01 * rows.std(correction=0) * noise
         return rows
 
-    resized: Inputs = pytree.tree_map(resize, examples)
-    return resized
+    return examples.map(resize)
 
 
 def _require_single_file(network: nn.Module) -> None:
@@ -195,13 +189,12 @@ def _convert(
     network: nn.Module, rows: Inputs, opset: int | None, dynamic_image_size: bool, *, optimize: bool
 ) -> onnx.ModelProto:
     """Capture the network with torch's exporter; anything that it cannot do becomes an `ExportError`."""
-    args, kwargs = ((), rows) if isinstance(rows, dict) else (tuple(rows), None)
     try:
         with quiet(), FourDimensionalAttention():
             program = torch.onnx.export(
                 network,
-                args=args,
-                kwargs=kwargs,
+                args=rows.args,
+                kwargs=rows.kwargs or None,
                 dynamic_shapes=_free_dimensions(network, rows, dynamic_image_size),
                 dynamo=True,
                 verbose=False,
@@ -210,12 +203,16 @@ def _convert(
             )
     except Exception as error:
         _run(network, rows)  # what it says, if anything, is plainer
-        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
+        raise _refusal(network, innermost(error)) from error
     if program is None:
-        raise ExportError(f"{_refusal(network)}: torch's exporter returned nothing. {_ADVICE}")
+        raise _refusal(network, "torch's exporter returned nothing")
     proto = program.model_proto
     for part in (proto.graph, *proto.functions):
         _forget_sources(part)
+    for entry in proto.graph.input:  # fixed, without a word, where a graph from torch.export was captured so
+        batch = entry.type.tensor_type.shape.dim[0]
+        if not batch.dim_param:
+            raise _refusal(network, f"its graph fixes the batch of {entry.name!r} to {batch.dim_value}")
     return proto
 
 
@@ -230,9 +227,7 @@ def _forget_sources(part: onnx.GraphProto | onnx.FunctionProto) -> None:
                 _forget_sources(inner)
 
 
-def _free_dimensions(
-    network: nn.Module, rows: Inputs, image_size: bool
-) -> dict[str, object] | tuple[object, ...]:
+def _free_dimensions(network: nn.Module, rows: Inputs, image_size: bool) -> Any:
     """The dimensions that stay symbolic, in the arrangement of the network's arguments."""
     batch = torch.export.Dim("batch", min=1)
     free = torch.export.Dim.DYNAMIC
@@ -240,40 +235,35 @@ def _free_dimensions(
     def of(x: Tensor) -> dict[int, object]:
         return {0: batch, 2: free, 3: free} if image_size and x.dim() == 4 else {0: batch}
 
-    if isinstance(rows, dict):
-        return {name: of(x) for name, x in rows.items()}
-    shapes = tuple(of(x) for x in rows)
+    shapes = pytree.tree_map(of, rows.kwargs or rows.args)
     first = next(iter(inspect.signature(network.forward).parameters.values()), None)
     # torch.export describes everything that arrives through *args as one nested tuple.
-    return (shapes,) if first is not None and first.kind is first.VAR_POSITIONAL else shapes
-
-
-def _require_free_batch(proto: onnx.ModelProto, network: nn.Module) -> None:
-    """The exporter keeps silent where a graph from `torch.export` was captured with a fixed batch size."""
-    for entry in proto.graph.input:
-        if not entry.type.tensor_type.shape.dim[0].dim_param:
-            size = entry.type.tensor_type.shape.dim[0].dim_value
-            raise ExportError(
-                f"{_refusal(network)}: its graph fixes the batch of {entry.name!r} to {size}. {_ADVICE}"
-            )
+    starred = not rows.kwargs and first is not None and first.kind is first.VAR_POSITIONAL
+    return (shapes,) if starred else shapes
 
 
 def _compare(
     network: nn.Module, path: Path, examples: Inputs, tolerance: float | None
 ) -> tuple[float, float]:
-    """Run the file and the network at several batch sizes.
-
-    Returns:
-        The largest absolute difference, and the largest that was acceptable.
-
-    Raises:
-        ParityError: They disagree in number, shape or value of their outputs.
-        ExportError: One of the two cannot run.
-    """
-    session = _open(path, half=any(x.dtype == torch.float16 for x in pytree.tree_leaves(examples)))
+    """The largest absolute difference between the file and the network at several batch sizes, and the acceptable."""
+    try:
+        session = serving.open_session(
+            path,
+            device="cpu",
+            threads=torch.get_num_threads(),
+            half=any(x.dtype == torch.float16 for x in examples.tensors()),
+        )
+    except MeasurementError as error:
+        raise ExportError(f"the ONNX file cannot be verified, no file was written: {error}") from error
     worst, scale, half = 0.0, 1.0, False
     for batch in BATCH_SIZES:
-        expected, actual = _outputs(network, session, _resized(examples, batch, seed=batch))
+        rows = _resized(examples, batch, seed=batch)
+        expected = [x.numpy() for x in _run(network, rows)]
+        named = [rows.kwargs[entry.name] for entry in session.get_inputs() if entry.name in rows.kwargs]
+        try:
+            actual = serving.run(session, named or rows.args)
+        except MeasurementError as error:
+            raise _refusal(network, innermost(error)) from error
         shapes = [x.shape for x in expected], [x.shape for x in actual]
         if shapes[0] != shapes[1]:
             raise ParityError(
@@ -284,10 +274,10 @@ def _compare(
             )
         for reference, found in zip(expected, actual, strict=True):
             half = half or reference.dtype == np.float16
-            difference = np.abs(reference.astype(np.float64) - found.astype(np.float64))
+            exact = reference.astype(np.float64)
             # NaN spreads through max() of an array, though not through the built-in one.
-            worst = float(np.max([worst, difference.max(initial=0.0)]))
-            scale = float(np.max([scale, np.abs(reference.astype(np.float64)).max(initial=0.0)]))
+            worst = float(np.max([worst, np.abs(exact - found.astype(np.float64)).max(initial=0.0)]))
+            scale = float(np.max([scale, np.abs(exact).max(initial=0.0)]))
     accepted = tolerance if tolerance is not None else (_TOLERANCE_HALF if half else _TOLERANCE) * scale
     if not worst <= accepted:
         raise ParityError(
@@ -299,45 +289,24 @@ def _compare(
     return worst, accepted
 
 
-def _open(path: Path, *, half: bool) -> ort.InferenceSession:
-    try:
-        return serving.open_session(path, device="cpu", threads=torch.get_num_threads(), half=half)
-    except MeasurementError as error:
-        raise ExportError(f"the ONNX file cannot be verified, no file was written: {error}") from error
-
-
-def _outputs(
-    network: nn.Module, session: ort.InferenceSession, rows: Inputs
-) -> tuple[list[Array], list[Array]]:
-    """The flattened outputs of the network and of the file."""
-    expected = [x.numpy() for x in _run(network, rows)]
-    if isinstance(rows, dict):
-        rows = [rows[entry.name] for entry in session.get_inputs() if entry.name in rows]
-    try:
-        return expected, serving.run(session, rows)
-    except MeasurementError as error:
-        raise ExportError(f"{_refusal(network)}: {innermost(error)}. {_ADVICE}") from error
-
-
 def _run(network: nn.Module, rows: Inputs) -> list[Tensor]:
     """The tensors that the network returns; an `ExportError` where it fails, or returns what ONNX cannot."""
     try:
         with torch.no_grad():
-            result = network(**rows) if isinstance(rows, dict) else network(*rows)
+            result = network(*rows.args, **rows.kwargs)
     except Exception as error:  # the user's network may raise anything
-        batch = len(pytree.tree_leaves(rows)[0])
-        raise ExportError(
-            f"{_refusal(network)}: it fails at batch size {batch}: {innermost(error)}. {_ADVICE}"
-        ) from error
+        raise _refusal(network, f"it fails at batch size {rows.batch_size}: {innermost(error)}") from error
     values = [value for value in pytree.tree_leaves(result) if value is not None]
     for value in values:
         if not isinstance(value, Tensor):
-            raise ExportError(
-                f"{_refusal(network)}: its output holds a value of type {type(value).__name__}, and ONNX files return "
-                "tensors only. Wrap the network in a module that returns its tensors, in a tuple, a list or a dict"
+            raise _refusal(
+                network,
+                f"its output holds a value of type {type(value).__name__}, and ONNX files return tensors only",
+                "Wrap the network in a module that returns its tensors, in a tuple, a list or a dict",
             )
     return values
 
 
-def _refusal(network: nn.Module) -> str:
-    return f"{type(network).__name__} cannot be written as ONNX with a free batch size"
+def _refusal(network: nn.Module, reason: str, advice: str = _ADVICE) -> ExportError:
+    what = f"{type(network).__name__} cannot be written as ONNX with a free batch size"
+    return ExportError(f"{what}: {reason}. {advice}")

@@ -16,7 +16,6 @@ from fxprune.errors import DeviceError, MeasurementError
 
 __all__ = ["bound_call", "open_session", "run"]
 
-
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
 # Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
@@ -45,9 +44,8 @@ def open_session(
         raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
     printed = _require_cuda() if device == "cuda" else ""
     options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    fragile = half and device == "cpu"
-    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if fragile else levels.ORT_ENABLE_ALL
+    if half and device == "cpu":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
     if threads is not None:
@@ -56,9 +54,10 @@ def open_session(
         session = ort.InferenceSession(os.fspath(path), options, providers=[_PROVIDERS[device]])
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise MeasurementError(f"onnxruntime cannot load {os.fspath(path)} on {device}: {error}") from error
-    if session.get_providers()[0] != _PROVIDERS[device]:
+    used = session.get_providers()[0]
+    if used != _PROVIDERS[device]:
         raise DeviceError(
-            f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {session.get_providers()[0]}"
+            f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {used}"
             f" for {os.fspath(path)}; a CUDA library is missing or of the wrong version"
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
@@ -83,15 +82,12 @@ def _require_cuda() -> str:
 
 
 def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> list[Array]:
-    """Run once, with inputs in the order of the network's own.
-
-    Returns:
-        The outputs in graph order.
+    """Run once, with inputs in the order of the network's own; outputs come in graph order.
 
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
     """
-    feeds = dict(zip(_input_names(session, inputs), map(_as_array, inputs), strict=True))
+    feeds = _feeds(session, inputs)
     try:
         outputs: list[Array] = session.run(None, feeds)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
@@ -100,18 +96,15 @@ def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -
 
 
 def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> Callable[[], None]:
-    """Bind inputs and outputs on the session's device, so that a call measures the network and no copies.
-
-    Returns:
-        A function that runs the network once and waits until it has finished.
+    """Bind inputs and outputs on the session's device: a call runs the network, without copies, and waits for its end.
 
     Raises:
         MeasurementError: The inputs do not fit the network; raised here or by the call.
     """
     device = "cuda" if session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
     binding = session.io_binding()
-    for name, value in zip(_input_names(session, inputs), inputs, strict=True):
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_as_array(value), device, 0))
+    for name, array in _feeds(session, inputs).items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, device)
 
@@ -125,15 +118,11 @@ def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Ar
     return call
 
 
-def _input_names(session: ort.InferenceSession, inputs: Sequence[object]) -> list[str]:
+def _feeds(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> dict[str, Array]:
     names = [entry.name for entry in session.get_inputs()]
     if len(names) != len(inputs):
         raise MeasurementError(
             f"the ONNX network takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} were given"
         )
-    return names
-
-
-def _as_array(value: torch.Tensor | Array) -> Array:
-    array: Array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-    return np.ascontiguousarray(array)
+    arrays = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in inputs)
+    return dict(zip(names, map(np.ascontiguousarray, arrays), strict=True))

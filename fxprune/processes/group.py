@@ -2,7 +2,8 @@
 
 Candidates are scored by one process each; recovery splits every batch. All communication is
 `torch.distributed`'s, whose object collectives pickle: they run between the processes of this one run only, never on
-anything read from outside. Every process must make the same calls in the same order.
+anything read from outside. Every process must make the same calls in the same order; each raises a
+`DistributedError` where another process ended.
 """
 
 from __future__ import annotations
@@ -108,53 +109,38 @@ def _reported(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         number, world = os.environ.get("RANK", rank()), os.environ.get("WORLD_SIZE", world_size())
+        gist = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise DistributedError(
             f"process {number} of {world} lost the others while {what}: one of them ended or did not answer in time "
-            f"({_first_line(error)}). Its own output says why. Scores that were finished are kept where a folder was "
+            f"({gist}). Its own output says why. Scores that were finished are kept where a folder was "
             "given; run the same command again to go on from there"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def same_everywhere(obj: T) -> T:
-    """Rank 0's object, on every rank; the others' are ignored. It is pickled on the way, tensors should be on the CPU.
-
-    Raises:
-        DistributedError: A process ended.
-    """
-    if world_size() == 1:
-        return obj
-    box = [obj if is_main() else None]
-    with _reported("sharing what rank 0 found"):
-        dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]  # rank 0 put a T in
+    """Rank 0's object, on every rank. It is pickled on the way, tensors should be on the CPU."""
+    return on_main(lambda: obj)
 
 
 def on_main(compute: Callable[[], T]) -> T:
     """What `compute` returns on rank 0, on every rank; the others wait, so that what is timed is timed undisturbed.
 
     Raises:
-        DistributedError: A process ended, or (on the others) `compute` failed on rank 0.
+        DistributedError: On the others, `compute` failed on rank 0.
     """
     if world_size() == 1:
         return compute()
-    result, error = _attempt(compute) if is_main() else (None, None)
-    result, failure = same_everywhere((result, None if error is None else _name(error)))
-    if error is not None:
-        raise error
+    (result, failure), *_ = _gather(compute if is_main() else lambda: None, "sharing what rank 0 found")
     if failure is not None:
         raise DistributedError(f"rank 0 failed, so rank {rank()} ends too: {failure}")
-    return result  # type: ignore[return-value]  # no failure: rank 0 put a T in
+    return result  # type: ignore[no-any-return]  # rank 0 put a T in
 
 
 def main_first(make: Callable[[], T]) -> T:
     """What `make` returns, made by every rank, but by rank 0 before the others begin: for folders and the like.
 
     Raises:
-        DistributedError: A process ended, or (on the others) `make` failed on rank 0.
+        DistributedError: On the others, `make` failed on rank 0.
     """
     made: list[T] = []
     on_main(lambda: made.append(make()))
@@ -162,53 +148,46 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def share_out(
-    work: Sequence[Callable[[], T]],
-    run: Callable[[Sequence[Callable[[], T]]], list[T]],
-    *,
-    doing: str,
-    results: str,
+    work: Sequence[Callable[[], T]], run: Callable[[Sequence[Callable[[], T]]], list[T]]
 ) -> list[T]:
-    """The results of some calls, each made by one process: rank r makes `work[r::world]`.
+    """The results of some calls that score, each made by one process: rank r makes `work[r::world]`.
 
     Args:
         work: The same list on every rank. Results travel between processes: tensors should be on the CPU.
         run: Makes this process's calls, in order.
-        doing: What the calls do, for errors.
-        results: What they yield, likewise.
 
     Returns:
         One result for each call, in their order and the same on every rank.
 
     Raises:
-        DistributedError: A process ended, or (on the others) one of its calls failed.
+        DistributedError: On the others, one of its calls failed.
     """
     world = world_size()
     if world == 1:
         return run(work)
-    mine, error = _attempt(lambda: run(work[rank() :: world]))
-    gathered: list[Any] = [None] * world
-    with _reported(f"gathering {results}"):
-        dist.all_gather_object(gathered, (mine, None if error is None else _name(error)))
-    if error is not None:
-        raise error
+    gathered = _gather(lambda: run(work[rank() :: world]), "gathering scores")
     failures = [f"rank {r}: {failure}" for r, (_, failure) in enumerate(gathered) if failure is not None]
     if failures:
-        raise DistributedError(f"{doing} failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
+        raise DistributedError(f"scoring failed elsewhere, so rank {rank()} ends too: {'; '.join(failures)}")
     return [gathered[i % world][0][i // world] for i in range(len(work))]
 
 
-def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """A result or its error, so that the error can be told to the others before it is raised."""
+def _gather(compute: Callable[[], Any], doing: str) -> list[tuple[Any, str | None]]:
+    """Every rank's result, or why it has none; an error of this rank's own is raised once the others know of it."""
+    result, failed, failure = None, None, None
     try:
-        return compute(), None
+        result = compute()
     except DistributedError:
         raise  # nobody is left to be told
     except Exception as error:
-        return None, error
-
-
-def _name(error: Exception) -> str:
-    return str(error) if isinstance(error, FxpruneError) else f"{type(error).__name__}: {error}"
+        failed = error
+        failure = str(error) if isinstance(error, FxpruneError) else f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None] * world_size()
+    with _reported(doing):
+        dist.all_gather_object(gathered, (result, failure))
+    if failed is not None:
+        raise failed
+    return gathered
 
 
 def share_of(batch: Inputs) -> tuple[Inputs, float]:
@@ -224,11 +203,7 @@ def share_of(batch: Inputs) -> tuple[Inputs, float]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a detached value over all ranks, on every rank.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """The sum of a detached value over all ranks, on every rank."""
     summed = value.detach().clone()
     if world_size() > 1:
         with _reported("adding losses"):
@@ -237,11 +212,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces gradients of weighted losses (see `share_of`) by their sum over all ranks: those of the whole batch.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """Replaces gradients of weighted losses (see `share_of`) by their sum over all ranks: those of the whole batch."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return
@@ -254,11 +225,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
-    """Gives floating-point buffers their mean over all ranks: running statistics saw different images on each.
-
-    Raises:
-        DistributedError: A process ended.
-    """
+    """Gives floating-point buffers their mean over all ranks: running statistics saw different images on each."""
     if world_size() == 1:
         return
     with _reported("averaging running statistics"):

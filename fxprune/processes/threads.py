@@ -18,7 +18,7 @@ import torch
 
 from fxprune.errors import OptionError
 
-__all__ = ["default_threads", "side_by_side", "usable_cores", "using_threads"]
+__all__ = ["default_threads", "side_by_side", "using_threads"]
 
 T = TypeVar("T")
 
@@ -42,17 +42,15 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 
 def default_threads() -> int:
-    """Torch's present number of threads, or as many as this process may use cores if those are fewer."""
-    return min(torch.get_num_threads(), usable_cores())
+    """Torch's present number of threads, or as many as this process may use cores if those are fewer.
 
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the processor time that its control group is given."""
+    Both its affinity counts and the processor time that its control group is given.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    return min(torch.get_num_threads(), cores)
 
 
 def side_by_side(work: Sequence[Callable[[], T]], most: int) -> list[T]:

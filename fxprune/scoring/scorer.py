@@ -62,7 +62,7 @@ def fit_all(
         fits = side_by_side(mine, scorer.workers)
         return fits if world_size() == 1 else [_on_cpu(fit) for fit in fits]
 
-    return share_out(work, run, doing="scoring", results="scores")
+    return share_out(work, run)
 
 
 def _on_cpu(fit: AdaptorFit) -> AdaptorFit:

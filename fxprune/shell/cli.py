@@ -15,22 +15,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fxprune._version import __version__
 from fxprune.errors import FxpruneError, OptionError, SourceError
 from fxprune.memory import memory_explained
+from fxprune.options import Options
 from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
 
 __all__ = ["main"]
-
-_SHARED = (
-    *("recipe", "criterion", "selection", "backend", "device", "kinds", "tap", "images"),
-    *("latency_batch", "seed", "threads", "out"),
-)
-_GOALS = ("k", "target_speedup", "target_latency_ms", "min_agreement", "submodule")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="fxprune: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
-    command: Callable[[argparse.Namespace], None] = args.run
     try:
         with memory_explained():
-            command(args)
+            args.run(args)
     except KeyboardInterrupt:
         print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
         return 130
@@ -76,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add, run in _COMMANDS:
-        command = add(commands)
+    for name, add, run, what in _COMMANDS:
+        command = commands.add_parser(name, help=what)
+        add(command)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON in place of the table")
         command.add_argument("--verbose", action="store_true", help="log progress and the origin of errors")
@@ -100,7 +96,7 @@ def _print(args: argparse.Namespace, data: Any, text: str) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from fxprune.shell import demo
 
-    result = demo.run(Path(args.out), seed=args.seed, threads=args.threads, progress=not args.no_progress)
+    result = demo.run(Path(args.out), seed=args.seed, threads=args.threads, progress=args.progress)
     table = result.pop("table")
     _print(args, result, table)
 
@@ -137,60 +133,47 @@ def _together() -> Iterator[bool]:
         group.leave_group()
 
 
-def _asked_for(args: argparse.Namespace, names: Sequence[str], talks: bool) -> dict[str, Any]:
+def _asked_for(args: argparse.Namespace, talks: bool) -> dict[str, Any]:
     """Keywords of `fxprune.compress` and `fxprune.sweep`."""
-    return {
-        **{name: getattr(args, name) for name in names},
+    known = {field.name for field in fields(Options)}
+    return {name: value for name, value in vars(args).items() if name in known} | {
         "ignore": tuple(args.ignore),
         "cache_bytes": args.cache_mib * 2**20,
-        "progress": talks and not args.no_progress,
+        "progress": talks and args.progress,
     }
 
 
-def _compress(args: argparse.Namespace) -> None:
+def _recover(args: argparse.Namespace) -> None:
+    """What `compress` and `sweep` do; a folder that cannot be written is found before anything is read."""
     import fxprune
-
-    with _together() as talks:
-        model, loader = _given(args, talks)
-        settings = _asked_for(args, (*_SHARED, *_GOALS), talks)
-        small = fxprune.compress(model, loader, **settings, onnx=args.out is not None)
-        if talks:
-            _print_report(args, loader, fxprune.report(small))
-
-
-def _sweep(args: argparse.Namespace) -> None:
-    import fxprune
-
-    with _together() as talks:
-        model, loader = _given(args, talks)
-        report = fxprune.sweep(model, loader, **_asked_for(args, _SHARED, talks))
-        if talks:
-            _print_report(args, loader, report)
-
-
-def _print_report(args: argparse.Namespace, loader: Any, report: Any) -> None:
-    if loader.unreadable:
-        count = len(loader.unreadable)
-        print(f"fxprune: skipped {count} image files that could not be read", file=sys.stderr)
-    print(report.to_json() if args.json else str(report))
-
-
-def _given(args: argparse.Namespace, talks: bool) -> tuple[Any, Any]:
-    """The model and the images; a folder that cannot be written is found before they are read."""
     from fxprune.files import check_writable
     from fxprune.shell.images import load_images
 
-    if args.out is not None:
-        check_writable(args.out)
-    return _model(args), load_images(
-        args.data,
-        size=args.size,
-        mean=args.mean,
-        std=args.std,
-        limit=args.images,
-        seed=args.seed,
-        progress=talks and not args.no_progress,
-    )
+    with _together() as talks:
+        if args.out is not None:
+            check_writable(args.out)
+        settings = _asked_for(args, talks)
+        model = _model(args)
+        loader = load_images(
+            args.data,
+            size=args.size,
+            mean=args.mean,
+            std=args.std,
+            limit=args.images,
+            seed=args.seed,
+            progress=settings["progress"],
+        )
+        report: Any
+        if args.command == "sweep":
+            report = fxprune.sweep(model, loader, **settings)
+        else:
+            small = fxprune.compress(model, loader, **settings, onnx=args.out is not None)
+            report = fxprune.report(small)
+        if talks and loader.unreadable:
+            count = len(loader.unreadable)
+            print(f"fxprune: skipped {count} image files that could not be read", file=sys.stderr)
+        if talks:
+            print(report.to_json() if args.json else str(report))
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -212,11 +195,11 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 _COMMANDS = (
-    (add_demo, _demo),
-    (add_inspect, _inspect),
-    (add_compress, _compress),
-    (add_sweep, _sweep),
-    (add_measure, _measure),
+    ("demo", add_demo, _demo, "train, compress and measure on real digits"),
+    ("inspect", add_inspect, _inspect, "list what can be cut, and why the rest not"),
+    ("compress", add_compress, _recover, "cut, recover, export"),
+    ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
+    ("measure", add_measure, _measure, "time two ONNX files alternately"),
 )
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -23,15 +22,12 @@ from fxprune.errors import SourceError
 from fxprune.export import artifact
 from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
-from fxprune.options import Backend, Recipe
+from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
 from fxprune.reports.tables import render
 
 __all__ = ["Digits", "DigitsNet", "load_digits", "run", "train"]
 
-SIZE = 16
-WIDTHS = (16, 32, 64)
-BLOCKS = 3
 EPOCHS = 10
 BATCH = 64
 HELD_OUT = 500
@@ -50,24 +46,23 @@ class Digits:
     held_out_labels: Tensor
 
 
+def _normalised(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+
 class _Block(nn.Module):
     """A basic block, with a 1x1 projection beside it where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.projection: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.projection = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        first = _normalised(inputs, outputs, 3, stride)
+        self.branch = nn.Sequential(first, nn.ReLU(), _normalised(outputs, outputs, 3))
+        same = inputs == outputs
+        self.projection = nn.Identity() if same else _normalised(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = functional.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return functional.relu(out + self.projection(x))
+        return functional.relu(self.branch(x) + self.projection(x))
 
 
 class DigitsNet(nn.Module):
@@ -75,14 +70,12 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, WIDTHS[0], 3, padding=1, bias=False), nn.BatchNorm2d(WIDTHS[0])
-        )
-        self.stage1 = _stage(WIDTHS[0], WIDTHS[0], stride=1)
-        self.stage2 = _stage(WIDTHS[0], WIDTHS[1], stride=2)
-        self.stage3 = _stage(WIDTHS[1], WIDTHS[2], stride=2)
+        self.stem = _normalised(1, 16, 3)
+        self.stage1 = _stage(16, 16, stride=1)
+        self.stage2 = _stage(16, 32, stride=2)
+        self.stage3 = _stage(32, 64, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(WIDTHS[-1], 10)
+        self.classifier = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[N, 1, 16, 16]` to logits `[N, 10]`."""
@@ -92,15 +85,13 @@ class DigitsNet(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    rest = (_Block(outputs, outputs, 1) for _ in range(BLOCKS - 1))
-    return nn.Sequential(_Block(inputs, outputs, stride), *rest)
+    return nn.Sequential(
+        _Block(inputs, outputs, stride), _Block(outputs, outputs, 1), _Block(outputs, outputs, 1)
+    )
 
 
 def load_digits(seed: int) -> Digits:
-    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back.
-
-    Args:
-        seed: Of the split.
+    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back, which `seed` chooses.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -114,7 +105,7 @@ def load_digits(seed: int) -> Digits:
         ) from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8.0 - 1.0
-    images = functional.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    images = functional.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, seen = order[:HELD_OUT], order[HELD_OUT:]
     targets = torch.as_tensor(labels, dtype=torch.long)
@@ -154,15 +145,7 @@ def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = T
     return model.eval()
 
 
-def run(
-    out: Path,
-    *,
-    seed: int = 0,
-    threads: int | None = None,
-    progress: bool = True,
-    epochs: int = EPOCHS,
-    recipe: str | Recipe = "fast",
-) -> dict[str, Any]:
+def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Train, compress, export, verify and measure; write everything into `out`.
 
     Args:
@@ -170,8 +153,6 @@ def run(
         seed: Of the split, the training and the compression.
         threads: Torch's threads meanwhile; None leaves them as they are.
         progress: Whether bars show.
-        epochs: Of the training.
-        recipe: Of the compression; see `fxprune.compress`.
 
     Returns:
         All figures, JSON-able; `table` is a text for the terminal.
@@ -184,28 +165,33 @@ def run(
     check_writable(out)
     digits = load_digits(seed)
     with using_threads(threads):
-        model = train(digits, seed=seed, epochs=epochs, progress=progress)
+        model = train(digits, seed=seed, progress=progress)
         trained_s = time.perf_counter() - started
-        few = digits.images[:CALIBRATION]
         small = fxprune.compress(
             model,
-            few,
+            digits.images[:CALIBRATION],
             k=DROPS,
-            recipe=recipe,
-            images=CALIBRATION,
             latency_batch=BATCH,
             seed=seed,
             threads=threads,
             progress=progress,
         )
         example = digits.held_out_images[:BATCH]
-        onnx = _export(model, small, example, out, progress=progress)
-        latency = _measure(model, small, example, progress=progress)
+        networks = {"original.onnx": fxprune.trace(model, example), "model.onnx": small}
+        onnx = {
+            name: fxprune.export_onnx(network, out / name, example).max_abs_diff
+            for name, network in tqdm(networks.items(), desc="export", disable=not progress)
+        }
+        artifact.save(small, out, example_inputs=(example,))
+        backends = tqdm(BACKENDS, desc="measure", disable=not progress)
+        latency = {
+            name: _latency(fxprune.measure(model, small, inputs=example, backend=name)) for name in backends
+        }
     report = fxprune.report(small)
     figures = {"seed": seed, **_quality(model, small, digits)}
     figures |= {
         "dropped": list(report.plan.chosen),
-        "latency": {name: _latency(comparison) for name, comparison in latency.items()},
+        "latency": latency,
         "fold_error": report.fold_error,
         "onnx_max_abs_diff": onnx,
         "seconds": {"train": trained_s, **report.durations, "all": time.perf_counter() - started},
@@ -216,49 +202,23 @@ def run(
 
 
 def _quality(model: nn.Module, small: nn.Module, digits: Digits) -> dict[str, Any]:
-    """Return what can be said without a clock: how often both networks are right, and their sizes."""
-    before, after = (_classes(network, digits.held_out_images) for network in (model, small))
+    """What can be said without a clock: how often both networks are right, and their sizes."""
+    with torch.inference_mode():
+        before, after = (network(digits.held_out_images).argmax(1) for network in (model, small))
+
+    def share(hits: Tensor) -> float:
+        return int(hits.sum()) / len(hits)
+
+    def size(network: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    labels = digits.held_out_labels
     return {
         "images": {"training": len(digits.images), "calibration": CALIBRATION, "held_out": HELD_OUT},
-        "accuracy": {
-            "before": _share(before == digits.held_out_labels),
-            "after": _share(after == digits.held_out_labels),
-        },
-        "agreement": _share(before == after),
-        "parameters": {"before": _parameters(model), "after": _parameters(small)},
+        "accuracy": {"before": share(before == labels), "after": share(after == labels)},
+        "agreement": share(before == after),
+        "parameters": {"before": size(model), "after": size(small)},
     }
-
-
-def _export(
-    model: nn.Module, small: GraphModule, example: Tensor, out: Path, *, progress: bool
-) -> dict[str, float]:
-    """Write both networks; return how far ONNX and torch lie apart for each file."""
-    differences: dict[str, float] = {}
-    networks = {"original.onnx": fxprune.trace(model, (example,)), "model.onnx": small}
-    for name, network in tqdm(networks.items(), desc="export", disable=not progress):
-        differences[name] = fxprune.export_onnx(network, out / name, (example,)).max_abs_diff
-    artifact.save(small, out, example_inputs=(example,))
-    return differences
-
-
-def _measure(
-    model: nn.Module, small: nn.Module, example: Tensor, *, progress: bool
-) -> dict[str, LatencyComparison]:
-    bar = tqdm(BACKENDS, desc="measure", disable=not progress)
-    return {name: fxprune.measure(model, small, inputs=(example,), backend=name) for name in bar}
-
-
-def _classes(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return torch.as_tensor(model(images)).argmax(1)
-
-
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _latency(comparison: LatencyComparison) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,97 +18,85 @@ from tqdm import tqdm
 
 from fxprune.errors import OptionError, SourceError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MOST_ASPECT", "SUFFIXES", "ImageBatches", "load_images"]
+__all__ = ["BATCH", "IMAGENET_MEAN", "IMAGENET_STD", "MOST_ASPECT", "SUFFIXES", "ImageBatches", "load_images"]
 
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BATCH = 50
+"""Images in a batch."""
 MOST_ASPECT = 20
 """Longer side over shorter side: beyond it, a picture of a few bytes is resized to one of gigabytes."""
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Endings of the files that count as images, in lower case."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageBatches:
-    """Images of one size; can be iterated again and again.
+    """Images of one size, to be iterated again and again: kept as bytes, normalised batch by batch.
 
-    Kept as bytes, a quarter of what the network is given, and normalised batch by batch.
-
-    Args:
+    Attributes:
         pixels: uint8 [N, 3, size, size].
         paths: The files they came from.
         unreadable: Files that were skipped, each with the reason.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
-        batch_size: Images in a batch.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        paths: Sequence[Path],
-        unreadable: Sequence[str],
-        *,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        batch_size: int = 50,
-    ) -> None:
-        self.paths = tuple(paths)
-        self.unreadable = tuple(unreadable)
-        self._pixels = pixels
-        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(std).view(1, 3, 1, 1)
-        self._batch_size = batch_size
+    pixels: Tensor
+    paths: tuple[Path, ...]
+    unreadable: tuple[str, ...]
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __len__(self) -> int:
-        return -(-len(self.paths) // self._batch_size)
+        return -(-len(self.paths) // BATCH)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.paths), self._batch_size):
-            pixels = self._pixels[start : start + self._batch_size]
-            yield (pixels.float() / 255 - self._mean) / self._std
+        for pixels in torch.split(self.pixels, BATCH):
+            yield functional.normalize(pixels.float() / 255, self.mean, self.std)
 
 
 def load_images(
     folder: str | Path,
     *,
     size: int = 224,
-    resize: int | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     limit: int = 500,
     seed: int = 0,
-    batch_size: int = 50,
     progress: bool = False,
 ) -> ImageBatches:
     """Draw images from a folder, nested or flat, and prepare them as for evaluation on ImageNet.
 
-    Each is converted to RGB, its shorter side resized to `resize`, the centre cropped to `size`, scaled to
+    Each is converted to RGB, its shorter side resized to 256/224 of `size`, the centre cropped to `size`, scaled to
     [0, 1] and normalised. A file that cannot be decoded, is longer than `MOST_ASPECT` times its breadth, or has more
     than `PIL.Image.MAX_IMAGE_PIXELS` pixels is logged, listed in `unreadable`, and another one drawn in its place.
 
     Args:
         folder: Searched with all folders below it; hidden files are left out, folder names (labels) not used.
         size: Height and width in pixels.
-        resize: Shorter side before the crop; by default `round(size * 256 / 224)`.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
         limit: Images to draw, or all if there are fewer.
         seed: Fixes the draw.
-        batch_size: Images in a batch.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
         OptionError: A number is out of range.
         SourceError: The folder is missing, or holds no image that can be read.
     """
-    resize = round(size * 256 / 224) if resize is None else resize
-    _check_options(size, resize, mean, std, limit, batch_size)
+    if size < 1 or limit < 1:
+        raise OptionError(f"size is {size} and limit {limit}: give 1 or more.")
+    if (len(mean), len(std)) != (3, 3) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise OptionError(
+            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
+            "and standard deviations above 0."
+        )
     candidates = _image_files(Path(folder))
     random.Random(seed).shuffle(candidates)
-    images: list[Tensor] = []
-    paths: list[Path] = []
+    images: dict[Path, Tensor] = {}
     unreadable: list[str] = []
     wanted = min(limit, len(candidates))
     bar = tqdm(total=wanted, desc="reading images", unit="image", disable=not progress, leave=False)
@@ -117,39 +106,20 @@ def load_images(
             if len(images) == limit:
                 break
             try:
-                images.append(_decode(path, resize, size))
+                images[path] = _decode(path, size)
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise whatever a damaged file leads them into
                 logger.warning("Skipped %s: it cannot be read as an image (%s).", path, error)
                 unreadable.append(f"{path}: {error}")
-                continue
-            paths.append(path)
-            bar.update()
+            else:
+                bar.update()
     if not images:
         raise SourceError(
-            f"None of the {len(unreadable)} image files in {folder} can be read, for instance "
-            f"{unreadable[0]}."
+            f"None of the {len(unreadable)} image files in {folder} can be read, for instance {unreadable[0]}."
         )
-    logger.info("Read %d of %d images in %s.", len(paths), len(candidates), folder)
-    pixels = torch.stack(images)
-    return ImageBatches(pixels, paths, unreadable, mean=mean, std=std, batch_size=batch_size)
-
-
-def _check_options(
-    size: int, resize: int, mean: Sequence[float], std: Sequence[float], limit: int, batch_size: int
-) -> None:
-    for name, value in (("size", size), ("limit", limit), ("batch_size", batch_size)):
-        if value < 1:
-            raise OptionError(f"{name} is {value}: give 1 or more.")
-    if resize < size:
-        raise OptionError(f"resize is {resize}, below the crop of {size} pixels: give at least {size}.")
-    finite = all(map(math.isfinite, (*mean, *std)))
-    if len(mean) != 3 or len(std) != 3 or not finite or min(std) <= 0:
-        raise OptionError(
-            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
-            "and standard deviations above 0."
-        )
+    logger.info("Read %d of %d images in %s.", len(images), len(candidates), folder)
+    return ImageBatches(torch.stack([*images.values()]), (*images,), (*unreadable,), mean, std)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -166,7 +136,7 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(path: Path, resize: int, size: int) -> Tensor:
+def _decode(path: Path, size: int) -> Tensor:
     """One image as uint8 [3, size, size]; its size is looked at before its pixels are read."""
     with Image.open(path) as file:
         if max(file.size) > MOST_ASPECT * min(file.size):
@@ -174,5 +144,5 @@ def _decode(path: Path, resize: int, size: int) -> Tensor:
                 f"{file.width} x {file.height} pixels, over {MOST_ASPECT} times as long as broad"
             )
         image = file.convert("RGB")
-    image = functional.center_crop(functional.resize(image, resize), size)
+    image = functional.center_crop(functional.resize(image, round(size * 256 / 224)), size)
     return torch.as_tensor(functional.pil_to_tensor(image))

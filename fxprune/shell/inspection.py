@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from fxprune.graph.regions import Discovery, Region
-from fxprune.measurements import Latency, LatencyComparison
+from fxprune.measurements import LatencyComparison
 from fxprune.reports.tables import render
 
 __all__ = ["comparison", "comparison_table", "describe", "tables"]
@@ -20,10 +20,9 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
     """What was found, ready for JSON: `counts` by kind, `regions`, `rejections`, parameters in all."""
     nodes = {node.name: node for node in gm.graph.nodes}
     users = _parameter_users(gm)
-    counts = Counter(region.kind.value for region in found.regions)
     return {
         "parameters": sum(parameter.numel() for parameter in gm.parameters()),
-        "counts": dict(counts),
+        "counts": dict(Counter(region.kind.value for region in found.regions)),
         "regions": [
             {
                 "label": region.label,
@@ -32,7 +31,7 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
                 "entry": region.entry,
                 "exit": region.exit,
                 "modules": list(region.modules),
-                "parameters_saved": _saved(users, _cut(nodes, region)),
+                "parameters_saved": _saved(users, nodes, region),
             }
             for region in found.regions
         ],
@@ -43,7 +42,7 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
     }
 
 
-def _parameter_users(gm: GraphModule) -> list[tuple[Parameter, set[str]]]:
+def _parameter_users(gm: GraphModule) -> dict[Parameter, set[str]]:
     """Each parameter with the names of all nodes that read it, whichever front end made the graph."""
     users: defaultdict[Parameter, set[str]] = defaultdict(set)
     for node in gm.graph.nodes:
@@ -55,15 +54,11 @@ def _parameter_users(gm: GraphModule) -> list[tuple[Parameter, set[str]]]:
             value = getattr(gm.get_submodule(owner), name, None)
             if isinstance(value, Parameter):
                 users[value].update(user.name for user in node.users)
-    return list(users.items())
+    return users
 
 
-def _saved(users: list[tuple[Parameter, set[str]]], cut: set[str]) -> int:
-    return sum(parameter.numel() for parameter, readers in users if readers <= cut)
-
-
-def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
-    """The nodes that disappear: the body without what the bypass needs (a projection shortcut stays)."""
+def _saved(users: dict[Parameter, set[str]], nodes: dict[str, Node], region: Region) -> int:
+    """The parameters that only the body reads, without what the bypass needs: a projection shortcut stays."""
     body = set(region.body)
     pending = [region.bypass]
     while pending:
@@ -71,7 +66,7 @@ def _cut(nodes: dict[str, Node], region: Region) -> set[str]:
         if name in body:
             body.discard(name)
             pending.extend(source.name for source in nodes[name].all_input_nodes)
-    return body
+    return sum(parameter.numel() for parameter, readers in users.items() if readers <= body)
 
 
 def tables(data: dict[str, Any]) -> str:
@@ -101,15 +96,11 @@ def comparison(result: LatencyComparison) -> dict[str, Any]:
 
 def comparison_table(result: LatencyComparison) -> str:
     """Medians with their spread, and the ratio with its interval; times in milliseconds."""
-
-    def row(name: str, latency: Latency) -> tuple[object, ...]:
-        times = (latency.median_s * 1e3, latency.p95_s * 1e3, latency.iqr_s * 1e3)
-        return (name, *times, latency.runs)
-
-    table = render(
-        ("network", "median ms", "p95 ms", "iqr ms", "runs"),
-        [row("before", result.before), row("after", result.after)],
-    )
+    rows = [
+        (name, *(1e3 * seconds for seconds in (one.median_s, one.p95_s, one.iqr_s)), one.runs)
+        for name, one in (("before", result.before), ("after", result.after))
+    ]
+    table = render(("network", "median ms", "p95 ms", "iqr ms", "runs"), rows)
     before, interval = result.before, result.interval
     verdict = "" if result.distinguishable else "; not distinguishable from no gain"
     return (

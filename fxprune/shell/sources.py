@@ -11,20 +11,18 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
-from fxprune.shell.arguments import MOST_VALUES
+from fxprune.shell.arguments import FORMS, MOST_VALUES
 
 __all__ = ["load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
-_FORMS = "Give torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one."
 _CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
@@ -42,10 +40,8 @@ def load_model(spec: str) -> nn.Module:
         ArtifactError: The `.pt2` file is damaged or unsafe.
     """
     origin, _, name = spec.partition(":")
-    if origin == "torchvision":
-        return _torchvision_model(name).eval()
-    if origin == "timm":
-        return _timm_model(name).eval()
+    if origin in ("timm", "torchvision"):
+        return _library_model(origin, name).eval()
     path, colon, factory = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return _factory_model(Path(path), factory).eval()
@@ -61,61 +57,52 @@ def load_model(spec: str) -> nn.Module:
     if suffix in _CHECKPOINTS:
         raise SourceError(
             f"{spec} is a checkpoint: it holds weights, or a pickled network, which would run code from the file "
-            f"when it is read. Name the network, and give the file as --weights {spec}. {_FORMS}"
+            f"when it is read. Name the network, and give the file as --weights {spec}. Give {FORMS}."
         )
     hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
-    raise SourceError(f"{spec!r} names no network.{hint} {_FORMS}")
+    raise SourceError(f"{spec!r} names no network.{hint} Give {FORMS}.")
 
 
-def _torchvision_model(name: str) -> nn.Module:
-    from torchvision import models
-
-    known = models.list_models()
-    if name not in known:
-        raise SourceError(f"torchvision has no network {name!r}. {_nearest(name, known)}")
-    # detection and segmentation would download the weights of their backbone by default
-    parameters = inspect.signature(models.get_model_builder(name)).parameters
-    backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
-    network: nn.Module = models.get_model(name, weights=None, **backbone)
-    return network
-
-
-def _timm_model(name: str) -> nn.Module:
+def _library_model(library: str, name: str) -> nn.Module:
     try:
-        import timm
+        models = importlib.import_module("timm" if library == "timm" else "torchvision.models")
     except ImportError as error:
         raise SourceError(
-            f"timm:{name} needs timm, which is not installed: pip install fxprune[timm]"
+            f"{library}:{name} needs {library}, which is not installed: pip install fxprune[timm]"
         ) from error
-    known = timm.list_models()
-    if name.partition(".")[0] not in known:
-        raise SourceError(f"timm has no network {name!r}. {_nearest(name, known)}")
-    network: nn.Module = timm.create_model(name, pretrained=False)
+    known = models.list_models()
+    plain = name.partition(".")[0] if library == "timm" else name  # timm's names may end in .WEIGHTS
+    if plain not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+        what = f"The nearest names: {', '.join(near)}." if near else f"It has {len(known)} others."
+        raise SourceError(f"{library} has no network {name!r}. {what}")
+    network: nn.Module
+    if library == "timm":
+        network = models.create_model(name, pretrained=False)
+    else:
+        # detection and segmentation would download the weights of their backbone by default
+        parameters = inspect.signature(models.get_model_builder(name)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+        network = models.get_model(name, weights=None, **backbone)
     return network
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
-    return f"The nearest names: {', '.join(nearest)}." if nearest else f"It has {len(known)} others."
 
 
 def _factory_model(path: Path, factory: str) -> nn.Module:
     if not path.is_file():
         raise SourceError(f"The file {path} does not exist.")
-    # the file may import its neighbours, as it could when run as a script; what it prints is no result
-    with _importable(path.resolve().parent), contextlib.redirect_stdout(sys.stderr):
-        try:
-            module = _import_file(path)
-        except (Exception, SystemExit) as error:
-            raise SourceError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-        build = getattr(module, factory, None)
-        if not callable(build):
-            names = sorted(name for name in vars(module) if callable(vars(module)[name]) and name[0] != "_")
-            raise SourceError(f"{path} has no function {factory!r}. It has: {', '.join(names) or 'none'}.")
-        try:
-            network = build()
-        except (Exception, SystemExit) as error:
-            raise SourceError(f"{factory}() in {path} failed: {type(error).__name__}: {error}") from error
+    with _foreign_code(path, f"{path} cannot be imported"):
+        spec = importlib.util.spec_from_file_location(f"_fxprune_source_{path.stem}", path)
+        assert spec is not None and spec.loader is not None  # its name ends in .py
+        module = importlib.util.module_from_spec(spec)
+        # registered, because dataclasses and torch.fx look a class's module up by name
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    build = getattr(module, factory, None)
+    if not callable(build):
+        names = sorted(name for name in vars(module) if callable(vars(module)[name]) and name[0] != "_")
+        raise SourceError(f"{path} has no function {factory!r}. It has: {', '.join(names) or 'none'}.")
+    with _foreign_code(path, f"{factory}() in {path} failed"):
+        network = build()
     if not isinstance(network, nn.Module):
         raise SourceError(
             f"{factory}() in {path} returned a {type(network).__name__}: it must return a torch.nn.Module."
@@ -124,27 +111,17 @@ def _factory_model(path: Path, factory: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
+def _foreign_code(path: Path, failure: str) -> Iterator[None]:
+    """The file may import its neighbours, as it could when run as a script; what it prints is no result."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:
+        raise SourceError(f"{failure}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(folder))
-
-
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_fxprune_source_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # registered, because dataclasses and torch.fx look a class's module up by name
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[spec.name]
-        raise
-    return module
+        sys.path.remove(folder)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -171,10 +148,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     expected = model.state_dict()
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
-    found = [(key, _misfit(state[key], value)) for key, value in expected.items() if key in state]
-    unfit = [f"{key} ({misfit})" for key, misfit in found if misfit]
+    both = [(key, state[key], value) for key, value in expected.items() if key in state]
+    unfit = [f"{key} ({misfit})" for key, given, own in both if (misfit := _misfit(given, own))]
+    lists = (("missing", missing), ("unexpected", unexpected), ("of another shape or kind", unfit))
     if missing or unexpected or unfit:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape or kind", unfit))
         raise SourceError(
             f"The checkpoint {path} does not fit the network: "
             + "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in lists if keys)
@@ -207,15 +184,14 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def onnx_inputs(
-    path: str | Path, *, batch: int | None = None, shapes: Sequence[Sequence[int]] = (), seed: int = 0
+    path: str | Path, *, batch: int | None = None, shapes: Sequence[Sequence[int]] = ()
 ) -> tuple[Tensor, ...]:
-    """Random inputs of the shapes and types that an ONNX file asks for.
+    """Inputs of the shapes and types that an ONNX file asks for: always the same noise, or zeros for integers.
 
     Args:
         path: The file.
         batch: Size of dimension 0; by default that of the file, or 1 where it is free.
         shapes: One shape for each input, needed where other dimensions are free.
-        seed: Fixes the values: normally distributed, or zeros for integers.
 
     Raises:
         SourceError: The file is missing or no ONNX model.
@@ -236,21 +212,21 @@ def onnx_inputs(
     if shapes and len(shapes) != len(entries):
         names = ", ".join(entry.name for entry in entries)
         raise OptionError(f"{path} has {len(entries)} inputs ({names}) and {len(shapes)} shapes were given.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     inputs = []
     for place, entry in enumerate(entries):
-        kind = entry.type.tensor_type
+        kind, name = entry.type.tensor_type, f"Input {entry.name} of {path}"
         # a free dimension has a name or nothing; dim_value then reads 0
         free = [max(dim.dim_value, 0) for dim in kind.shape.dim]
         shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
         if 0 in shape:
-            raise OptionError(f"Input {entry.name} of {path} has free dimensions: give --input-shape.")
+            raise OptionError(f"{name} has free dimensions: give --input-shape.")
         if math.prod(shape) > MOST_VALUES:
-            raise OptionError(f"Input {entry.name} of {path} would be {shape}: over {MOST_VALUES} values.")
+            raise OptionError(f"{name} would be {shape}: over {MOST_VALUES} values.")
         values = torch.randn(shape, generator=generator)
         numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         dtype = getattr(torch, str(numpy_type), None)
         if dtype is None:
-            raise SourceError(f"Input {entry.name} of {path} holds {numpy_type} values, which no tensor can.")
+            raise SourceError(f"{name} holds {numpy_type} values, which no tensor can.")
         inputs.append(values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
     return tuple(inputs)

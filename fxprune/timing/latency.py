@@ -12,11 +12,11 @@ import os
 import platform
 import re
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -27,20 +27,14 @@ from fxprune.export import serving
 from fxprune.export.onnx_file import export_onnx
 from fxprune.graph.collector import collector_paused
 from fxprune.measurements import Latency, LatencyComparison
+from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
-from fxprune.timing.rounds import (
-    Clock,
-    Contestant,
-    TimingSettings,
-    race,
-    ratios_by_round,
-    warm_up,
-)
+from fxprune.timing.rounds import Clock, Contestant, TimingSettings, race, ratios_by_round, warm_up
 from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["BACKENDS", "Subject", "TimingSettings", "compare", "device_name"]
 
-BACKENDS = ("torch", "onnxruntime-cpu", "onnxruntime-cuda")
+BACKENDS = get_args(Backend)
 Subject: TypeAlias = "nn.Module | str | os.PathLike[str]"
 
 
@@ -80,22 +74,17 @@ def compare(
     gc.collect()
     with using_threads(settings.threads), collector_paused(), torch.inference_mode():
         threads = torch.get_num_threads() if place.type == "cpu" else 0
-        subjects = [before, *candidates]
         contestants = [
-            _prepare(subject, "before" if i == 0 else f"candidate {i}", inputs, backend, place)
-            for i, subject in enumerate(subjects)
+            _prepare(subject, f"candidate {i}" if i else "before", inputs, backend, place)
+            for i, subject in enumerate([before, *candidates])
         ]
         clock: Clock = partial(_cuda_clock, place) if place.type == "cuda" else _wall_clock
         warm_up(contestants, clock, settings.warmup)
         intervals = race(contestants, clock, settings)
-    name = device_name(place)
-    shape = tuple(inputs[0].shape)
-    latencies = [_latency(c, backend, name, shape, threads) for c in contestants]
+    reference, *others = _latencies(contestants, backend, device_name(place), tuple(inputs[0].shape), threads)
     return tuple(
-        LatencyComparison(latencies[0], after, float(np.median(ratios)), interval)
-        for after, ratios, interval in zip(
-            latencies[1:], ratios_by_round(contestants), intervals, strict=True
-        )
+        LatencyComparison(reference, after, float(np.median(ratios)), interval)
+        for after, ratios, interval in zip(others, ratios_by_round(contestants), intervals, strict=True)
     )
 
 
@@ -120,23 +109,19 @@ def _device_of(backend: str, device: str | None) -> torch.device:
     """The device of a backend; the two must not contradict each other."""
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    implied = "cpu" if backend == "torch" else backend.removeprefix("onnxruntime-")
-    try:
-        place = torch.device(device or implied)
-    except RuntimeError as error:
-        raise OptionError(f"device={device!r} is unknown: give cpu, cuda or cuda:N") from error
-    if backend != "torch" and place.type != implied:
+    bound = backend != "torch"
+    implied = backend.removeprefix("onnxruntime-") if bound else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or implied):
+        raise OptionError(f"device={device!r} is unknown: give cpu, cuda or cuda:N")
+    place = torch.device(device or implied)
+    if bound and place.type != implied:
         raise OptionError(f"backend={backend!r} runs on {implied}, which contradicts device={device!r}")
-    if backend != "torch" and place.index not in (None, 0):
-        raise OptionError(
-            f"backend={backend!r} runs on the first device only, device={device!r} was asked for"
-        )
-    if place.type not in ("cpu", "cuda"):
-        raise DeviceError(f"latency is measured on cpu and cuda only, {device!r} was asked for")
-    if place.type == "cuda":
-        _require_cuda(place)
-        return torch.device("cuda", place.index or 0)
-    return torch.device("cpu")
+    if bound and place.index not in (None, 0):
+        raise OptionError(f"backend={backend!r} runs on the first device only, not on device={device!r}")
+    if place.type == "cpu":
+        return torch.device("cpu")
+    _require_cuda(place)
+    return torch.device("cuda", place.index or 0)
 
 
 def _require_cuda(place: torch.device) -> None:
@@ -181,12 +166,7 @@ def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.devic
     tensors = [*module.parameters(), *module.buffers()]
     ready = all(x.device == place for x in tensors) and not any(m.training for m in module.modules())
     network = module if ready else evaluation_copy(module).requires_grad_(False).to(place)
-    placed = [x.to(place) for x in inputs]
-
-    def call() -> None:
-        network(*placed)
-
-    return call
+    return partial(network, *(x.to(place) for x in inputs))
 
 
 def _session_call(
@@ -194,14 +174,11 @@ def _session_call(
 ) -> Callable[[], None]:
     half = any(x.dtype == torch.float16 for x in inputs)
     session = serving.open_session(path, device=place.type, threads=torch.get_num_threads(), half=half)
-    return serving.bound_call(session, list(inputs))
+    return serving.bound_call(session, inputs)
 
 
 def _wall_clock(call: Callable[[], None], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    return timeit.timeit(call, number=repeats) / repeats
 
 
 def _cuda_clock(place: torch.device, call: Callable[[], None], repeats: int) -> float:
@@ -218,17 +195,10 @@ def _cuda_clock(place: torch.device, call: Callable[[], None], repeats: int) -> 
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-def _latency(
-    contestant: Contestant, backend: str, device: str, shape: tuple[int, ...], threads: int
-) -> Latency:
-    quarter, median, three_quarters, p95 = np.percentile(contestant.samples, [25, 50, 75, 95])
-    return Latency(
-        backend=backend,
-        device=device,
-        batch_shape=shape,
-        threads=threads,
-        median_s=float(median),
-        p95_s=float(p95),
-        iqr_s=float(three_quarters - quarter),
-        runs=len(contestant.samples) * contestant.repeats,
-    )
+def _latencies(
+    contestants: Sequence[Contestant], backend: str, device: str, shape: tuple[int, ...], threads: int
+) -> Iterator[Latency]:
+    for one in contestants:
+        quarter, median, three_quarters, p95 = np.percentile(one.samples, [25, 50, 75, 95]).tolist()
+        runs = len(one.samples) * one.repeats
+        yield Latency(backend, device, shape, threads, median, p95, three_quarters - quarter, runs)

@@ -17,8 +17,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.errors import MeasurementError, OptionError
+from fxprune.errors import MeasurementError
 from fxprune.measurements import Interval
+from fxprune.validation import require
 
 __all__ = ["Clock", "Contestant", "TimingSettings", "median_interval", "race", "ratios_by_round", "warm_up"]
 
@@ -65,21 +66,16 @@ class TimingSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        rules = (
-            ("warmup", self.warmup >= 0, "0 or more"),
-            ("min_rounds", self.min_rounds >= 1, "1 or more"),
-            ("max_rounds", self.max_rounds >= self.min_rounds, f"at least min_rounds={self.min_rounds}"),
-            ("max_seconds", self.max_seconds > 0, "positive"),
-            ("half_width", self.half_width > 0, "positive"),
-            ("relative", self.relative > 0, "positive"),
-            ("level", 0 < self.level < 1, "between 0 and 1"),
-            ("resamples", self.resamples >= 1, "1 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("threads", self.threads is None or self.threads >= 1, "1 or more, or None"),
-        )
-        for name, valid, wanted in rules:
-            if not valid:
-                raise OptionError(f"TimingSettings: {name}={getattr(self, name)} must be {wanted}")
+        rules = [
+            *((name, getattr(self, name) >= 0, "give 0 or more") for name in ("warmup", "seed")),
+            *((name, getattr(self, name) >= 1, "give 1 or more") for name in ("min_rounds", "resamples")),
+            *((name, getattr(self, name) > 0, "give more than 0") for name in ("half_width", "relative")),
+            ("max_seconds", self.max_seconds > 0, "give more than 0"),
+            ("max_rounds", self.max_rounds >= self.min_rounds, f"give min_rounds={self.min_rounds} or more"),
+            ("level", 0 < self.level < 1, "give a number between 0 and 1"),
+            ("threads", self.threads is None or self.threads >= 1, "give 1 or more, or None"),
+        ]
+        require(self, rules)
 
 
 @dataclass(slots=True)
@@ -99,26 +95,15 @@ class Contestant:
         """
         try:
             return clock(self.call, self.repeats)
-        except MeasurementError as error:
-            raise MeasurementError(f"{self.label} could not be timed: {error}") from error
         except Exception as error:  # the user's network may raise anything
-            gist = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise MeasurementError(
-                f"{self.label} could not be timed, its forward call failed: {gist}"
-            ) from error
+            gist = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise MeasurementError(f"{self.label} could not be timed, a call failed: {gist}") from error
 
 
 def median_interval(
     values: Sequence[float] | Times, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """The percentile bootstrap interval of a median (Efron 1979).
-
-    Args:
-        values: One or more numbers.
-        level: Coverage.
-        resamples: How many samples are drawn with replacement.
-        seed: Of the draw.
-    """
+    """The percentile bootstrap interval of a median (Efron 1979), from `resamples` draws with replacement."""
     sample = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, sample.size, size=(resamples, sample.size))
     low, high = np.quantile(np.median(sample[drawn], axis=1), [(1 - level) / 2, (1 + level) / 2])
@@ -145,9 +130,7 @@ def race(contestants: Sequence[Contestant], clock: Clock, settings: TimingSettin
     for done in range(1, settings.max_rounds + 1):
         for index in rng.permutation(len(contestants)):
             contestants[index].samples.append(contestants[index].take(clock))
-        if done < settings.min_rounds:
-            continue
-        if time.perf_counter() - start > settings.max_seconds:
+        if done >= settings.min_rounds and time.perf_counter() - start > settings.max_seconds:
             break
         if done < check:
             continue

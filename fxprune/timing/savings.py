@@ -12,14 +12,14 @@ from dataclasses import replace
 
 from torch import fx
 
+from fxprune.graph import operators as ops
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Region
 from fxprune.measurements import Interval, LatencyComparison
 from fxprune.passes import DropRegions
 from fxprune.timing.latency import TimingSettings
-from fxprune.timing.signature import signature
 
-__all__ = ["SCORING", "measure_savings", "without"]
+__all__ = ["SCORING", "measure_savings", "signature", "without"]
 
 SCORING = TimingSettings(
     warmup=2, min_rounds=10, max_rounds=500, max_seconds=120.0, half_width=0.006, relative=0.06
@@ -53,15 +53,29 @@ def measure_savings(
     groups: dict[tuple[str, ...], list[Region]] = {}
     for key, region in zip(keys, regions, strict=True):
         groups.setdefault(key, []).append(region)
-    measured = measure(list(groups.values()))
-    shares = {
-        key: _split_evenly(one, len(group))
-        for (key, group), one in zip(groups.items(), measured, strict=True)
-    }
-    return tuple(shares[key] for key in keys)
+    measured = dict(zip(groups, measure(list(groups.values())), strict=True))
+    return tuple(_share(measured[key], len(groups[key])) for key in keys)
 
 
-def _split_evenly(measured: LatencyComparison, regions: int) -> LatencyComparison:
+def signature(gm: fx.GraphModule, region: Region) -> tuple[str, ...]:
+    """What a region costs, as a key: operators, their settings and the shapes they work on, in graph order."""
+    body = set(region.body)
+    return (
+        region.kind.value,
+        *(_describe(gm, n) for n in gm.graph.nodes if n.name in body and n.op != "get_attr"),
+    )
+
+
+def _describe(gm: fx.GraphModule, node: fx.Node) -> str:
+    module = ops.module_of(gm, node)
+    settings = ops.op_name(gm, node) if module is None else repr(module)
+    if module is None and not node.all_input_nodes:
+        settings += str([str(a) for a in node.args if isinstance(a, (int, float, bool, str, tuple, list))])
+    inputs = " ".join(str(ops.shape_of(source)) for source in node.all_input_nodes)
+    return f"{settings} {inputs} -> {ops.shape_of(node)}"
+
+
+def _share(measured: LatencyComparison, regions: int) -> LatencyComparison:
     """What one of several equal regions is worth, measured without all of them."""
 
     def part(ratio: float) -> float:
