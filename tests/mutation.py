@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import hashlib
 import importlib
 import importlib.abc
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    gc.freeze()  # the forks need not look through what they were given
     shares = [_try_module(module, given) for module in given.module or MODULES]
     return int(min(shares) < given.least)
 
@@ -278,6 +280,7 @@ class _Order:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             os.write(self._writing, report.nodeid.encode())
+            os._exit(1)  # tidying up takes longer than most tests
 
 
 class _Finder(importlib.abc.MetaPathFinder):

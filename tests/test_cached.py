@@ -190,8 +190,9 @@ def test_fits_side_by_side_are_those_of_one_thread(kind: str) -> None:
         pairs = JointLosses(
             many, {regions[0].label: fit for regions, fit in zip(single, beside, strict=True)}
         )
-        assert [fit.loss for fit in beside] == pytest.approx([fit.loss for fit in alone], rel=1e-5)
-        assert pairs(joint, ()) == pytest.approx(estimates, rel=1e-5)
+        # sums in another order: 2e-5 apart with torch 2.9
+        assert [fit.loss for fit in beside] == pytest.approx([fit.loss for fit in alone], rel=1e-4)
+        assert pairs(joint, ()) == pytest.approx(estimates, rel=1e-4)
         again = fit_all(many, single)  # in whatever order they ended
     for fit, other in zip(beside, again, strict=True):
         assert fit.loss == other.loss
