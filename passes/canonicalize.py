@@ -49,5 +49,4 @@ def _is_impure(node: fx.Node) -> bool:
         return False
     if node.op == "call_function" and not vocabulary.is_torchs_own(node.target):
         return True
-    name = str(getattr(node.target, "__name__", ""))
-    return bool(node.is_impure()) or name == "setitem" or name.startswith("_assert")
+    return bool(node.is_impure())  # assertions, say
