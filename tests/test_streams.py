@@ -141,3 +141,20 @@ def test_attention_writes_its_first_result_and_reads_as_a_whole() -> None:
         *(("0", "post"), ("1.attention", "post")),
         *(("2.attention", "pre"), ("2.fc", "pre")),
     }
+
+
+def test_attention_between_two_streams_takes_no_adaptor_in_front() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.other = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(6, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            stream, other = self.stem(x), self.other(x)
+            stream = stream + self.block(stream)
+            return self.attention(stream, other, other)[0]
+
+    gm = fxprune.trace(Crossed().eval(), torch.zeros(2, 5, 6))
+    (region,) = (r for r in fxprune.discover(gm).regions if r.modules == ("block",))
+    assert [(s.operator, s.side.value) for s in find_sites(gm, [region]).sites] == [("stem", "post")]
