@@ -45,9 +45,6 @@ def _is_impure(node: fx.Node) -> bool:
     owner = node.graph.owning_module
     if owner is None or ops.mutated_input(owner, node) is not None:
         return True
-    if node.op in ("call_module", "call_method"):
-        return False
-    if node.op == "call_function" and not vocabulary.is_torchs_own(node.target):
-        return True
-    name = str(getattr(node.target, "__name__", ""))
-    return bool(node.is_impure()) or name == "setitem" or name.startswith("_assert")
+    foreign = node.op == "call_function" and not vocabulary.is_torchs_own(node.target)
+    # torch takes assertions, say, for impure, but every module in training mode too
+    return node.op not in ("call_module", "call_method") and (foreign or bool(node.is_impure()))

@@ -265,10 +265,16 @@ class _Search:
             if user.name not in self.flow or len(flows) != 1 or not ops.is_elementwise(self.gm, user):
                 break
             last = user
-        if len(source.users) != 1 or _unlike(source, last) is not None or not ops.is_dense(self.gm, operator):
+        if self._shared(source) or _unlike(source, last) is not None or not ops.is_dense(self.gm, operator):
             return None
         found = self._bounded(source, last, source, Kind.SEQUENTIAL)
         return found if isinstance(found, Region) else None
+
+    def _shared(self, node: fx.Node) -> bool:
+        """Whether something else reads a value, be it in front of identities."""
+        while len(node.users) == 1 and ops.is_identity(self.gm, node):
+            node = node.all_input_nodes[0]
+        return len(node.users) != 1
 
     def composites(self, regions: list[Region]) -> list[Region]:
         """Runs of two or more consecutive identity regions whose joins one module call executed."""

@@ -119,10 +119,10 @@ class _Walk:
     def _search(self, start: list[fx.Node], channels: int, side: Side) -> None:
         """Walks the stream from `start`: toward its producers for POST, toward its consumers for PRE."""
         seen: set[fx.Node] = set()
-        stack = start[::-1]
+        stack = list(start)
         while stack:
             node = stack.pop()
-            if node in seen or node.op in ("placeholder", "get_attr", "output"):
+            if node in seen:
                 continue
             seen.add(node)
             operator = self._index.writer(node) if side is Side.POST else self._index.get(node.name)
@@ -136,8 +136,7 @@ class _Walk:
             elif operator is not None:
                 continue
             if channels in (ops.shape_of(node) or ()) or ops.tensor_meta(node) is None:
-                onward = self._sources(node) if side is Side.POST else self._users(node)
-                stack.extend(list(onward)[::-1])
+                stack.extend(self._sources(node) if side is Side.POST else self._users(node))
 
     def _meets(self, operator: DenseOperator, channels: int, side: Side) -> bool:
         if side is Side.POST:
