@@ -9,7 +9,6 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import FxpruneError, PassError, PostconditionError, PreconditionError
-from fxprune.graph.collector import collector_paused
 
 __all__ = ["FxPass"]
 
@@ -24,7 +23,6 @@ class FxPass(PassBase):
     `PostconditionError`; both name the pass and keep the nodes.
     """
 
-    @collector_paused()
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Applies the pass.
 

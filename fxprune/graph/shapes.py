@@ -15,7 +15,7 @@ from fxprune.errors import GraphError
 from fxprune.graph.call import bind
 from fxprune.graph.operators import MUTATES
 
-__all__ = ["has_shapes", "propagate_shapes", "unfit"]
+__all__ = ["propagate_shapes", "unfit"]
 
 
 def _metadata(value: Any) -> Any:
@@ -53,11 +53,6 @@ class _Recorder(fx.Interpreter):
 def _version(value: Any) -> int | None:
     """How often a tensor was changed in place; None for other values, and for tensors that do not count."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
-
-
-def has_shapes(gm: fx.GraphModule) -> bool:
-    """Whether every node that computes something carries `tensor_meta`."""
-    return all("tensor_meta" in node.meta for node in gm.graph.nodes)
 
 
 def propagate_shapes(
