@@ -1,4 +1,4 @@
-"""Finds what can be cut out of a graph, and says why the rest cannot; docs/architecture.md tells the rules.
+"""Finds what can be cut out of a graph, and says why the rest cannot.
 
 Candidates are the joins of a network: nodes where two or more computed tensors meet. Let `n` be the immediate
 dominator of a join `j`. The nodes that `n` dominates and `j` post-dominates form a single-entry single-exit
@@ -177,6 +177,7 @@ class _Search:
         return self._bounded(entry, exit_, entry, Kind.IDENTITY)
 
     def _absorb_activation(self, join: fx.Node, entry: fx.Node) -> fx.Node:
+        """The activation behind a join, where it leaves the entry's values alone and would stand there twice."""
         node = join
         while len(node.users) == 1:
             user = next(iter(node.users))
