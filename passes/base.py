@@ -68,9 +68,8 @@ class FxPass(PassBase):
         try:
             graph_module.graph.lint()
         except Exception as error:
-            raise PostconditionError(
-                f"{type(self).__name__} left a graph that does not lint: {error}"
-            ) from error
+            name = type(self).__name__
+            raise PostconditionError(f"{name} left a graph that does not lint: {error}") from error
         graph_module.recompile()
 
     @abstractmethod

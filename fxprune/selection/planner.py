@@ -44,14 +44,13 @@ def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison]]) 
         OptionError: The message lists the regions whose saving is lost in the noise.
     """
     most = len(largest_plan([region for region, saving in savings if saving.distinguishable]))
-    if k <= most:
-        return
-    slow = [region.label for region, saving in savings if not saving.distinguishable]
-    raise OptionError(
-        f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was seen "
-        f"for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on a machine "
-        "that does nothing else"
-    )
+    if k > most:
+        slow = [region.label for region, saving in savings if not saving.distinguishable]
+        raise OptionError(
+            f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was "
+            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on "
+            "a machine that does nothing else"
+        )
 
 
 class Planner:
@@ -62,19 +61,18 @@ class Planner:
         joint_loss: Recovery losses of some sets, and the plan that they all contain, in the order in which it grew;
             called for `greedy` and `exact` only.
         selection: How to choose.
+
+    Attributes:
+        scores: As given.
     """
 
     def __init__(self, scores: Sequence[BlockScore], joint_loss: JointLoss, selection: Selection) -> None:
+        self.scores = tuple(scores)
         self._scores = {score.region.label: score for score in scores}
         self._order = {label: i for i, label in enumerate(self._scores)}
         self._joint_loss = joint_loss
         self._selection = selection
         self._usable = [s.region for s in scores if math.isfinite(s.score)]
-
-    @property
-    def scores(self) -> Sequence[BlockScore]:
-        """One for each region."""
-        return tuple(self._scores.values())
 
     def saving(self, regions: Sequence[Region]) -> float:
         """Relative latency that the regions save, each measured alone and added up."""
@@ -104,8 +102,7 @@ class Planner:
         if self._selection == "exact":
             raise OptionError("selection='exact' has no path of growing plans; use 'greedy' or 'independent'")
         grow = self._independent if self._selection == "independent" else self._greedy
-        for plan in grow():
-            yield self._sorted(plan)
+        yield from map(self._sorted, grow())
 
     def _independent(self) -> Iterator[tuple[Region, ...]]:
         plan: tuple[Region, ...] = ()
