@@ -82,28 +82,24 @@ class Border:
     def _leak(
         self, node: fx.Node, exit_: fx.Node, outside: Sequence[fx.Node], inside: set[fx.Node]
     ) -> Refusal | None:
-        """Who outside needs the node's tensor, or a size of it; None when nobody does."""
-        if node.name in self._flow and not self._dominance.post_dominates(exit_.name, node.name):
-            witness = next((user for user in outside if user.name in self._flow), None)
-            if witness is not None and self._dominance.is_live(witness.name):
-                sentence = f"{node.name} is used by {witness.name}"
-                return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, witness.name))
-        reader = self._size_used_outside(outside, inside)
-        if reader is not None:
-            sentence = f"a size of {node.name} is used by {reader.name}"
-            return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, reader.name))
-        return None
+        """Who outside needs the node's tensor, or computes with a size (or another non-tensor) of it, if anybody."""
+        witness = next((user for user in outside if user.name in self._flow), None)
+        bound = node.name not in self._flow or self._dominance.post_dominates(exit_.name, node.name)
+        if witness is not None and not bound and self._dominance.is_live(witness.name):
+            sentence = f"{node.name} is used by {witness.name}"
+            return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, witness.name))
+        sizes = reached(
+            [user for user in outside if user.name not in self._flow],
+            lambda size: [u for u in size.users if u not in inside and u.name not in self._flow],
+        )
+        users = (user for size in sizes for user in size.users if user not in inside)
+        reader = next((user for user in users if user.name in self._flow), None)
+        if reader is None:
+            return None
+        sentence = f"a size of {node.name} is used by {reader.name}"
+        return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, reader.name))
 
     def _reaches(self, node: fx.Node, entry: fx.Node) -> bool:
         """Whether an in-place operator changes the entry's memory, and something reads the entry after it."""
         same = base_of(self._gm, node)[0] is base_of(self._gm, entry)[0]
         return same and any(self._position[user] > self._position[node] for user in entry.users)
-
-    def _size_used_outside(self, users: Sequence[fx.Node], inside: set[fx.Node]) -> fx.Node | None:
-        """The first node outside that computes with a size (or another non-tensor) that one of the users takes."""
-        sizes = reached(
-            [user for user in users if user.name not in self._flow],
-            lambda size: [u for u in size.users if u not in inside and u.name not in self._flow],
-        )
-        readers = (user for size in sizes for user in size.users if user not in inside)
-        return next((user for user in readers if user.name in self._flow), None)

@@ -77,8 +77,8 @@ def propagate_shapes(
         with mode, torch.no_grad():
             _Recorder(gm).run(*fakes, enable_io_processing=False)
     except Exception as fake_error:
+        copies = pytree.tree_map_only(torch.Tensor, torch.clone, values)
         try:
-            copies = pytree.tree_map_only(torch.Tensor, torch.clone, values)
             with torch.no_grad():
                 _Recorder(gm).run(*copies, enable_io_processing=False)
         except Exception as error:

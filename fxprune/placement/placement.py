@@ -18,7 +18,7 @@ from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
 from fxprune.graph.extract import kept, reached
 from fxprune.graph.regions import AdaptorSite, Region, Side
-from fxprune.placement.dense import DenseOperator, OperatorIndex
+from fxprune.placement.dense import OperatorIndex
 
 __all__ = ["Placement", "SiteRefusal", "find_sites"]
 
@@ -132,7 +132,9 @@ class _Walk:
                 return ()
             operator = self._index.writer(node) if side is Side.POST else self._index.get(node.name)
             if operator is not None:
-                if not self._meets(operator, channels, side):
+                width = operator.out_channels if side is Side.POST else operator.in_channels
+                several = side is Side.PRE and len(set(operator.data)) > 1
+                if width != channels or several:
                     return ()
                 if not operator.refusal:
                     self.sites.add(AdaptorSite(operator.node, side, channels, operator.channel_dim))
@@ -146,11 +148,6 @@ class _Walk:
             return self._sources(node) if side is Side.POST else self._users(node)
 
         reached(start, onward)
-
-    def _meets(self, operator: DenseOperator, channels: int, side: Side) -> bool:
-        if side is Side.POST:
-            return operator.out_channels == channels
-        return operator.in_channels == channels and len(set(operator.data)) == 1
 
     def _users(self, node: fx.Node) -> Iterator[fx.Node]:
         """Users of a node once the regions are dropped: a dropped region passes its bypass on."""

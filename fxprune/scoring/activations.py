@@ -52,9 +52,8 @@ class _Keeper(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.kept:
-            self.kept[n.name].append(
-                value.detach().clone()
-            )  # a later in-place operator may change the original
+            # a copy: a later in-place operator may change the original
+            self.kept[n.name].append(value.detach().clone())
         return value
 
 
