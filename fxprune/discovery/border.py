@@ -70,8 +70,8 @@ class Border:
         if fed is not None:
             return Refusal(Reason.FED_FROM_OUTSIDE, f"input {fed} enters beside {entry.name}", (fed,))
         for node in body:
-            outside = [user for user in node.users if user not in inside]
-            leak = self._leak(node, exit_, outside, inside) if node is not exit_ else None
+            outside = [user for user in node.users if user not in inside] if node is not exit_ else []
+            leak = self._leak(node, exit_, outside, inside) if outside else None
             if leak is not None:
                 return leak
             if ops.mutated_input(self._gm, node) is not None and self._reaches(node, entry):

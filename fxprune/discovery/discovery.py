@@ -114,7 +114,8 @@ class _Search:
             if node.op in ("placeholder", "output"):
                 continue
             sources = self.dominance.sources[name]
-            joins = len(sources) > 1 or (_adds_itself(node) and ops.op_name(self.gm, node) == "add")
+            itself = len(node.args) > 1 and node.args[0] is node.args[1]
+            joins = len(sources) > 1 or (itself and ops.op_name(self.gm, node) == "add")
             begins = chains and len(sources) == 1 and ops.owns_weights(self.gm, node)
             if not (joins or begins) or not self.dominance.is_live(name):
                 continue
@@ -147,7 +148,7 @@ class _Search:
         if len(operands) == 1:
             return Refusal(Reason.NO_OPERATOR, f"{join.name} adds a tensor to itself")
         through = [operand for operand in operands if self._identity_path(operand, entry)]
-        if through and _scale(join, through[0]) == 1.0:
+        if through and self._scale(join, through[0]) == 1.0:
             return self._identity(join, entry)
         if through:
             return Refusal(Reason.SCALED, f"{join.name} scales its shortcut")
@@ -164,7 +165,7 @@ class _Search:
                 return current.all_input_nodes[:1]
             operands = current.all_input_nodes if ops.op_name(self.gm, current) in ("add", "sub") else ()
             shape = ops.shape_of(current)
-            return [o for o in operands if ops.shape_of(o) == shape and _scale(current, o) == 1.0]
+            return [o for o in operands if ops.shape_of(o) == shape and self._scale(current, o) == 1.0]
 
         return entry in reached([node], back)
 
@@ -194,7 +195,7 @@ class _Search:
         linear = [
             (sum(ops.owns_weights(self.gm, n) for n in path), position, operand)
             for position, operand in enumerate(operands)
-            if (path := self._linear_path(operand, entry)) is not None and _scale(join, operand) == 1.0
+            if (path := self._linear_path(operand, entry)) is not None and self._scale(join, operand) == 1.0
         ]
         if not linear:
             return Refusal(
@@ -249,6 +250,15 @@ class _Search:
         found = self._bounded(source, last, source, Kind.SEQUENTIAL)
         return found if isinstance(found, Region) else None
 
+    def _scale(self, join: fx.Node, operand: fx.Node) -> float:
+        """The factor by which an addition or subtraction scales an operand; 0 when it is not a plain number."""
+        alpha = ops.argument(join, 2, "alpha", 1)
+        if not isinstance(alpha, (int, float)):
+            return 0.0
+        if join.args[1:2] != (operand,):
+            return 1.0
+        return float(alpha) * (-1.0 if ops.op_name(self.gm, join) == "sub" else 1.0)
+
     def composites(self, regions: list[Region]) -> list[Region]:
         """Runs of two or more consecutive identity regions whose joins one module call executed."""
         runs: dict[str, list[list[Region]]] = {}  # by the call that executed their joins
@@ -275,27 +285,9 @@ class _Search:
         return node.name == first.exit
 
 
-def _adds_itself(node: fx.Node) -> bool:
-    return len(node.args) > 1 and node.args[0] is node.args[1]
-
-
-def _scale(join: fx.Node, operand: fx.Node) -> float:
-    """The factor by which an addition or subtraction scales an operand; 0 when it is not a plain number."""
-    alpha = join.kwargs.get("alpha", 1)
-    if len(join.args) > 2:
-        alpha = join.args[2]
-    if not isinstance(alpha, (int, float)):
-        return 0.0
-    name = str(getattr(join.target, "__name__", join.target))
-    sign = -1.0 if name.strip("_").startswith(("sub", "isub")) or ".sub" in name else 1.0
-    return float(alpha) * sign if len(join.args) > 1 and join.args[1] is operand else 1.0
-
-
 def _unlike(a: fx.Node, b: fx.Node) -> Refusal | None:
-    if (
-        not (ops.is_floating(a) and ops.is_floating(b))
-        or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype
-    ):
+    floating = ops.is_floating(a) and ops.is_floating(b)
+    if not floating or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype:
         return Refusal(Reason.DTYPE, f"{a.name} and {b.name} do not hold one floating-point type")
     if ops.shape_of(a) != ops.shape_of(b):
         detail = f"{a.name} has shape {ops.shape_of(a)}, {b.name} has {ops.shape_of(b)}"

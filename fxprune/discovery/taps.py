@@ -36,7 +36,12 @@ def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:
     """
     flow = flow_nodes(gm)
     if name is not None:
-        return (_named(flow, name),)
+        calls = [n for n, node in flow.items() if node.op == "call_module" and node.target == name]
+        if name not in flow and not calls:
+            raise GraphError(
+                f"tap {name!r} is neither a node nor a module of the graph; its last nodes are {list(flow)[-6:-1]}"
+            )
+        return (name if name in flow else calls[-1],)
     dominance = Dominance(flow)
     output = next(reversed(flow))
     through = [node for n, node in flow.items() if n != output and dominance.dominates(n, output)]
@@ -48,17 +53,6 @@ def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:
     if not outputs:
         raise GraphError("no output of the network is a floating-point tensor; name a tap")
     return outputs
-
-
-def _named(flow: dict[str, fx.Node], name: str) -> str:
-    if name in flow:
-        return name
-    calls = [n for n, node in flow.items() if node.op == "call_module" and str(node.target) == name]
-    if not calls:
-        raise GraphError(
-            f"tap {name!r} is neither a node nor a module of the graph; its last nodes are {list(flow)[-6:-1]}"
-        )
-    return calls[-1]
 
 
 def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from fxprune.graph import vocabulary
 
 __all__ = [
     "MUTATES",
+    "argument",
     "fixed_interval",
     "is_dense",
     "is_elementwise",
@@ -83,8 +84,8 @@ def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         inplace = target.endswith("_") and not target.endswith("__")
     elif node.op == "call_function":
         inplace = vocabulary.works_in_place(target) or node.kwargs.get("inplace") is True
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return first if inplace and isinstance(first, fx.Node) else None
+    first = argument(node, 0, "input") if inplace else None
+    return first if isinstance(first, fx.Node) else None
 
 
 def tensor_meta(node: fx.Node) -> Any:
@@ -99,7 +100,8 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return None if meta is None else tuple(meta.shape)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, whether given by position or by name."""
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default
@@ -114,7 +116,7 @@ def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
         return True  # tracing is in evaluation mode
     position = 3 if name == "stochastic_depth" else 2
     keyword = "train" if isinstance(node.target, OpOverload) else "training"
-    return _argument(node, position, keyword, True) is False
+    return argument(node, position, keyword, True) is False
 
 
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -141,9 +143,9 @@ def fixed_interval(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | N
         module = module_of(gm, node)
         if isinstance(module, nn.Hardtanh):
             return float(module.min_val), float(module.max_val)
-        return float(_argument(node, 1, "min_val", -1.0)), float(_argument(node, 2, "max_val", 1.0))
+        return float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
     if name in ("clamp", "clip"):
-        low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         if isinstance(low, (int, float)) and isinstance(high, (int, float)):
             return float(low), float(high)

@@ -115,16 +115,17 @@ def function_name(target: Any) -> str:
         space, _, base = name.partition("::")
         return base if space == "aten" else name
     name = getattr(target, "__name__", str(target))
+    return name if _is_of(TRUSTED, target) else f"{target.__module__}.{name}"
+
+
+def _is_of(packages: tuple[str, ...], target: Any) -> bool:
     module = getattr(target, "__module__", None)
-    if module is None or module.split(".")[0] in TRUSTED:
-        return name
-    return f"{module}.{name}"
+    return module is None or module.split(".")[0] in packages
 
 
 def is_torchs_own(target: Any) -> bool:
     """Whether a function is torch's or Python's own, so that it changes nothing but what its name says."""
-    module = getattr(target, "__module__", None)
-    return isinstance(target, (OpOverload, OpOverloadPacket)) or module is None or module.split(".")[0] in OWN
+    return isinstance(target, (OpOverload, OpOverloadPacket)) or _is_of(OWN, target)
 
 
 def module_name(module: nn.Module) -> str:

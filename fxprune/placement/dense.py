@@ -127,7 +127,7 @@ class OperatorIndex:
         return self._function(node, layout) if module is None else self._module(node, module, layout)
 
     def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
-        source = node.args[0] if node.args else node.kwargs.get("input")
+        source = ops.argument(node, 0, "input")
         weight = getattr(module, "weight", None)
         if not isinstance(source, fx.Node) or not isinstance(weight, torch.Tensor):
             return None
@@ -149,16 +149,13 @@ class OperatorIndex:
         return ""
 
     def _function(self, node: fx.Node, layout: Layout) -> DenseOperator | None:
-        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-        source, weight, bias = (arguments.get(name) for name in ("input", "weight", "bias"))
+        source, weight, bias = (ops.argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
         shape = ops.shape_of(weight) if isinstance(weight, fx.Node) else None
         if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or shape is None:
             return None
         stored = all(_stored(part) for part in (weight, bias) if isinstance(part, fx.Node))
         refusal = "" if stored else "its weight is computed, not stored"
-        groups = node.kwargs.get("groups", 1)
-        if len(node.args) > 6:  # of convolutions, transposed or not; linear layers take three arguments
-            groups = node.args[6]
+        groups = ops.argument(node, 6, "groups", 1)  # of any convolution; linear layers take three arguments
         return self._build(node, layout, str(weight.target), _stored(bias), shape, groups, source, refusal)
 
     def _build(
@@ -198,8 +195,7 @@ class OperatorIndex:
         return "its weight is on the meta device" if weight.is_meta else ""
 
     def _attention(self, node: fx.Node, module: nn.MultiheadAttention) -> DenseOperator | None:
-        arguments = dict(zip(("query", "key", "value"), node.args, strict=False)) | dict(node.kwargs)
-        sources = [arguments.get(name) for name in ("query", "key", "value")]
+        sources = [ops.argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
         items = [u for u in node.users if ops.op_name(self._gm, u) == "getitem" and u.args[1] == 0]
         if not all(isinstance(s, fx.Node) for s in sources) or len(items) != 1:
             return None

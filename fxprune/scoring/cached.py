@@ -1,10 +1,9 @@
 """The fast scorer: least squares first, then a short fit behind cached activations.
 
-What lies before the first adaptor is the same in the original and in every candidate. So the original runs once over
-the calibration images; a candidate begins at its *frontier*, the unchanged values that its changed part reads. Its PRE
-adaptors start from a closed-form solution, and a short fit of all its adaptors follows: in its first half it compares
-at the *waist*, the first value behind all changes that everything goes through, and only then at the tap. That half
-costs less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
+The original runs once over the calibration images; a candidate begins at its *frontier*, the unchanged values that its
+changed part reads. Its PRE adaptors start from a closed-form solution, and a short fit of all its adaptors follows. In
+its first half that compares at the *waist*, the first value behind all changes that everything goes through: it costs
+less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
 
 A set of regions whose parts were fitted before begins where those ended: at the sum of what their adaptors change.
 """
@@ -74,11 +73,8 @@ class CachedScorer:
                 "another tap, or use a recipe with scorer='end-to-end'",
                 nodes=loose,
             )
-        self._settings = settings
-        self._cache_bytes = cache_bytes
-        self._start_images = start_images
-        self._loss_images = loss_images
-        self._at_waist = at_waist
+        self._settings, self._cache_bytes = settings, cache_bytes
+        self._start_images, self._loss_images, self._at_waist = start_images, loss_images, at_waist
         self._index = OperatorIndex(self._gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()

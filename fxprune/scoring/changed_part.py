@@ -80,11 +80,11 @@ class ChangedPart:
         waist = () if self.waist is None else (self.waist,)
         return (*self.frontier, *self.targets.values(), *waist)
 
-    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 16) -> float:
+    def loss(self, cache: Activations, tap: Sequence[str], images: int) -> float:
         """Mean squared error at the tap over the first cached images, few at a time: others may be at work beside."""
         total = 0.0
-        for start in range(0, images, batch_size):
-            stop = min(start + batch_size, images)
+        for start in range(0, images, 16):
+            stop = min(start + 16, images)
             features = self.part(*(cache.first(name, stop, start) for name in self.frontier))
             wanted = [cache.first(name, stop, start) for name in tap]
             total += float(feature_loss(features, wanted)) * (stop - start)

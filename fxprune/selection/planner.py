@@ -8,8 +8,7 @@ recovery loss with all its regions dropped, over the relative latency that they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from fxprune.errors import OptionError
@@ -120,14 +119,20 @@ class Planner:
         """
         plan: tuple[Region, ...] = ()
         loss = 0.0
+        fresh: set[str] = set()  # those scored again for the present plan
         added = {region.label: self._scores[region.label].recovery_loss for region in self._usable}
         left = list(self._usable)
+
+        def bound(region: Region) -> tuple[float, int]:
+            """The joint score with one more region, or a lower bound of it; graph order decides between equals."""
+            more = added[region.label] * (SHRUNK if plan and region.label not in fresh else 1.0)
+            return (loss + more) / self.saving((*plan, region)), self._order[region.label]
+
         while left:
             if len(plan) == 1:
                 # joint losses come from shorter fits than those of single regions: compare like with like
                 loss = float(self._joint_loss([plan], ())[0])
-            fresh: set[str] = set()
-            bound = partial(self._bound, plan, loss, added, fresh)
+            fresh.clear()
             best = min(left, key=bound)
             least = min(SCORED_AGAIN, len(left))
             while plan and (best.label not in fresh or len(fresh) < least):
@@ -141,18 +146,6 @@ class Planner:
             plan = (*plan, best)
             left = [region for region in left if not region.overlaps(best)]
             yield plan
-
-    def _bound(
-        self,
-        plan: tuple[Region, ...],
-        loss: float,
-        added: Mapping[str, float],
-        fresh: Collection[str],
-        region: Region,
-    ) -> tuple[float, int]:
-        """The joint score with one more region, or a lower bound of it; graph order decides between equals."""
-        more = added[region.label] * (SHRUNK if plan and region.label not in fresh else 1.0)
-        return (loss + more) / self.saving((*plan, region)), self._order[region.label]
 
     def _exact(self, k: int) -> tuple[Region, ...]:
         count = math.comb(len(self._usable), k)
