@@ -9,7 +9,6 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import FxpruneError, PassError, PostconditionError, PreconditionError
-from fxprune.graph.collector import collector_paused
 
 __all__ = ["FxPass"]
 
@@ -24,7 +23,6 @@ class FxPass(PassBase):
     `PostconditionError`; both name the pass and keep the nodes.
     """
 
-    @collector_paused()
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Applies the pass.
 
@@ -70,9 +68,8 @@ class FxPass(PassBase):
         try:
             graph_module.graph.lint()
         except Exception as error:
-            raise PostconditionError(
-                f"{type(self).__name__} left a graph that does not lint: {error}"
-            ) from error
+            name = type(self).__name__
+            raise PostconditionError(f"{name} left a graph that does not lint: {error}") from error
         graph_module.recompile()
 
     @abstractmethod

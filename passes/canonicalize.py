@@ -26,13 +26,11 @@ class Canonicalize(FxPass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Removes both kinds of node."""
         graph = graph_module.graph
-        modified = False
-        for node in list(graph.nodes):  # case 1
-            if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is nn.Identity:
-                node.replace_all_uses_with(node.all_input_nodes[0])
-                graph.erase_node(node)
-                modified = True
-        modified |= graph.eliminate_dead_code(_is_impure)  # case 2
+        idle = [node for node in graph.nodes if type(ops.module_of(graph_module, node)) is nn.Identity]
+        for node in idle:  # case 1
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+        modified = graph.eliminate_dead_code(_is_impure) or bool(idle)  # case 2
         if modified:
             graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, modified)

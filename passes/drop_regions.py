@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -39,12 +40,9 @@ class DropRegions(FxPass):
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = tuple(regions)
-        for i, first in enumerate(self._regions):
-            for second in self._regions[:i]:
-                if first.overlaps(second):
-                    raise PreconditionError(
-                        f"regions {second.label} and {first.label} overlap; drop one of them"
-                    )
+        for first, second in combinations(self._regions, 2):
+            if first.overlaps(second):
+                raise PreconditionError(f"regions {first.label} and {second.label} overlap; drop one of them")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Every region must lie in this graph, or have been dropped from it already."""
@@ -122,13 +120,13 @@ def _delete_unread(gm: fx.GraphModule, owners: set[str]) -> None:
             path = path.rpartition(".")[0]
 
 
-def _changes(gm: fx.GraphModule, tensor: fx.Node, users: Sequence[fx.Node] | dict[fx.Node, None]) -> bool:
+def _changes(gm: fx.GraphModule, tensor: fx.Node, users: Iterable[fx.Node]) -> bool:
     """Whether one of the users changes the tensor in place, directly or through a view."""
-    for user in users:
-        if ops.mutated_input(gm, user) is tensor:
-            return True
-        if (ops.is_identity(gm, user) or ops.op_name(gm, user) in vocabulary.LAYOUT) and _changes(
-            gm, user, user.users
-        ):
-            return True
-    return False
+
+    def shares(node: fx.Node) -> bool:
+        return ops.is_identity(gm, node) or ops.op_name(gm, node) in vocabulary.LAYOUT
+
+    return any(
+        ops.mutated_input(gm, user) is tensor or (shares(user) and _changes(gm, user, user.users))
+        for user in users
+    )

@@ -69,11 +69,9 @@ def _fold(gm: fx.GraphModule, index: OperatorIndex, adaptor: Adaptor) -> None:
     site = adaptor.site
     operator = index[site.operator]
     map_ = adaptor.weight.double()
-    weight = attrgetter(operator.read if site.side is Side.PRE else operator.write)(gm)
-    if site.side is Side.PRE:
-        weight.copy_(fold_pre(weight.double(), map_, operator.layout))
-        return
-    weight.copy_(fold_post(weight.double(), map_, operator.layout))
-    if operator.bias is not None:
+    fold, name = (fold_pre, operator.read) if site.side is Side.PRE else (fold_post, operator.write)
+    weight = attrgetter(name)(gm)
+    weight.copy_(fold(weight.double(), map_, operator.layout))
+    if site.side is Side.POST and operator.bias is not None:
         bias = attrgetter(operator.bias)(gm)
         bias.copy_(fold_bias_post(bias.double(), map_))

@@ -56,14 +56,11 @@ def _pair(gm: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> tuple[_Conv
     conv, norm = ops.module_of(gm, before), ops.module_of(gm, node)
     if not isinstance(conv, _CONVOLUTIONS) or not isinstance(norm, _NORMS):
         return None
-    if type(conv) not in _CONVOLUTIONS or type(norm) not in _NORMS:  # case 4
-        return None
-    if calls[str(node.target)] > 1 or calls[str(before.target)] > 1:  # case 1
-        return None
-    if len(before.users) > 1:  # case 2
-        return None
-    if conv.training or norm.training or norm.running_mean is None:  # case 3
-        return None
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):  # case 5
-        return None
-    return conv, norm
+    stays = (
+        calls[str(node.target)] > 1 or calls[str(before.target)] > 1,  # case 1
+        len(before.users) > 1,  # case 2
+        conv.training or norm.training or norm.running_mean is None,  # case 3
+        type(conv) not in _CONVOLUTIONS or type(norm) not in _NORMS,  # case 4
+        any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)),  # case 5
+    )
+    return None if any(stays) else (conv, norm)

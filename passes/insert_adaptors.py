@@ -77,21 +77,18 @@ class InsertAdaptors(FxPass):
                     nodes=[site.operator],
                 )
             width = operator.in_channels if site.side is Side.PRE else operator.out_channels
-            map_ = self._maps.get(site)
-            reason = operator.refusal or (
-                "" if width == site.channels else f"it has {width} channels, not {site.channels}"
-            )
-            if not reason and map_ is not None and map_.shape != (width, width):
-                reason = f"it has {width} channels, and the map is {list(map_.shape)}"
+            reason, shape = operator.refusal, self._maps[site].shape if site in self._maps else (width, width)
+            if not reason and width != site.channels:
+                reason = f"it has {width} channels, not {site.channels}"
+            if not reason and shape != (width, width):
+                reason = f"it has {width} channels, and the map is {list(shape)}"
             if reason:
                 raise GraphError(f"no adaptor fits at {site.operator}: {reason}", nodes=[site.operator])
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Inserts what is missing."""
         index = OperatorIndex(graph_module)
-        operators = {
-            site: index[site.operator] for site in self._sites
-        }  # all are read before the graph changes
+        operators = {site: index[site.operator] for site in self._sites}  # read before the graph changes
         present = {m.site for m in graph_module.modules() if isinstance(m, Adaptor)}
         missing = [site for site in self._sites if site not in present]
         nodes = {node.name: node for node in graph_module.graph.nodes}

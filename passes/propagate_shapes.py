@@ -22,8 +22,7 @@ class PropagateShapes(FxPass):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._args = args
-        self._kwargs = kwargs
+        self._args, self._kwargs = args, kwargs
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the graph on fake tensors."""

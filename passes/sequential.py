@@ -33,15 +33,16 @@ class Sequential(FxPass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs all of them."""
-        modified, done = False, ""
+        modified = False
+        done: list[str] = []
         for step in self.passes:
             name = type(step).__name__
             try:
                 modified |= step(graph_module).modified
             except FxpruneError as error:
-                where = f"{type(self).__name__}, in {name}" + (f" after {done}" if done else "")
-                raise error.within(where) from error
-            done = f"{done}, {name}" if done else name
+                after = f" after {', '.join(done)}" if done else ""
+                raise error.within(f"{type(self).__name__}, in {name}{after}") from error
+            done.append(name)
         return PassResult(graph_module, modified)
 
     def _finish(self, graph_module: fx.GraphModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import accumulate, count
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
@@ -79,6 +79,5 @@ def _delete_unread(gm: fx.GraphModule, names: set[str]) -> None:
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     for name in names - read:
         owner, _, attribute = name.rpartition(".")
-        parts = owner.split(".")
-        if called.isdisjoint(".".join(parts[:i]) for i in range(1, len(parts) + 1)):
+        if called.isdisjoint(accumulate(owner.split("."), "{}.{}".format)):
             delattr(gm.get_submodule(owner), attribute)

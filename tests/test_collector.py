@@ -6,7 +6,7 @@ import pytest
 
 import fxprune
 from fxprune.errors import GraphError
-from fxprune.graph.collector import collector_paused
+from fxprune.timing.collector import collector_paused
 from tests.tiny import tiny
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import fx
 
 from fxprune.discovery.dominance import Dominance
 from fxprune.graph import operators as ops
+from fxprune.graph.extract import reached
 from fxprune.graph.regions import Reason
 from fxprune.tracing.mutation import base_of
 
@@ -43,13 +44,12 @@ class Border:
 
         Sizes and parameters that nothing else needs belong to the body too.
         """
-        inside = {exit_}
-        stack = [exit_]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source is not entry and source not in inside and source.name in self._flow:
-                    inside.add(source)
-                    stack.append(source)
+        inside = set(
+            reached(
+                [exit_],
+                lambda node: [s for s in node.all_input_nodes if s is not entry and s.name in self._flow],
+            )
+        )
         self._add_private_sources(inside)
         return sorted(inside, key=self._position.__getitem__)
 
@@ -66,16 +66,14 @@ class Border:
     def crossing(self, entry: fx.Node, exit_: fx.Node, body: Sequence[fx.Node]) -> Refusal | None:
         """The first edge that forbids dropping the body; None without one."""
         inside = set(body)
-        for node in body:
-            if node.op == "placeholder":
-                detail = f"input {node.name} enters beside {entry.name}"
-                return Refusal(Reason.FED_FROM_OUTSIDE, detail, (node.name,))
+        fed = next((node.name for node in body if node.op == "placeholder"), None)
+        if fed is not None:
+            return Refusal(Reason.FED_FROM_OUTSIDE, f"input {fed} enters beside {entry.name}", (fed,))
         for node in body:
             outside = [user for user in node.users if user not in inside] if node is not exit_ else []
-            if outside:
-                leak = self._leak(node, exit_, outside, inside)
-                if leak is not None:
-                    return leak
+            leak = self._leak(node, exit_, outside, inside) if outside else None
+            if leak is not None:
+                return leak
             if ops.mutated_input(self._gm, node) is not None and self._reaches(node, entry):
                 detail = f"{node.name} changes {entry.name} in place"
                 return Refusal(Reason.MUTATED_ENTRY, detail, (node.name, entry.name))
@@ -84,49 +82,24 @@ class Border:
     def _leak(
         self, node: fx.Node, exit_: fx.Node, outside: Sequence[fx.Node], inside: set[fx.Node]
     ) -> Refusal | None:
-        """Who outside needs the node's tensor, or a size of it; None when nobody does."""
-        if node.name in self._flow and not self._dominance.post_dominates(exit_.name, node.name):
-            witness = next((user for user in outside if user.name in self._flow), None)
-            if witness is not None and self._dominance.is_live(witness.name):
-                sentence = f"{node.name} is used by {witness.name}"
-                return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, witness.name))
-        reader = self._size_used_outside(outside, inside)
-        if reader is not None:
-            sentence = f"a size of {node.name} is used by {reader.name}"
-            return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, reader.name))
-        return None
+        """Who outside needs the node's tensor, or computes with a size (or another non-tensor) of it, if anybody."""
+        witness = next((user for user in outside if user.name in self._flow), None)
+        bound = node.name not in self._flow or self._dominance.post_dominates(exit_.name, node.name)
+        if witness is not None and not bound and self._dominance.is_live(witness.name):
+            sentence = f"{node.name} is used by {witness.name}"
+            return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, witness.name))
+        sizes = reached(
+            [user for user in outside if user.name not in self._flow],
+            lambda size: [u for u in size.users if u not in inside and u.name not in self._flow],
+        )
+        users = (user for size in sizes for user in size.users if user not in inside)
+        reader = next((user for user in users if user.name in self._flow), None)
+        if reader is None:
+            return None
+        sentence = f"a size of {node.name} is used by {reader.name}"
+        return Refusal(Reason.USED_OUTSIDE, sentence, (node.name, reader.name))
 
     def _reaches(self, node: fx.Node, entry: fx.Node) -> bool:
         """Whether an in-place operator changes the entry's memory, and something reads the entry after it."""
         same = base_of(self._gm, node)[0] is base_of(self._gm, entry)[0]
         return same and any(self._position[user] > self._position[node] for user in entry.users)
-
-    def _size_used_outside(self, users: Sequence[fx.Node], inside: set[fx.Node]) -> fx.Node | None:
-        """The first node outside that computes with a size (or another non-tensor) that one of the users takes."""
-        seen: set[fx.Node] = set()
-        stack = [user for user in users if user.name not in self._flow]
-        while stack:
-            size = stack.pop()
-            if size in seen:
-                continue
-            seen.add(size)
-            for user in size.users:
-                if user in inside:
-                    continue
-                if user.name in self._flow:
-                    return user
-                stack.append(user)
-        return None
-
-    def dropped(self, body: Iterable[fx.Node], exit_: fx.Node, bypass: fx.Node) -> list[fx.Node]:
-        """Nodes of the body that nothing needs once `bypass` stands in for `exit_`."""
-        inside = list(body)
-        members = set(inside)
-        needed: set[fx.Node] = set()
-        stack = [bypass] if bypass in members else []
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(source for source in node.all_input_nodes if source in members)
-        return [node for node in inside if node not in needed]

@@ -7,18 +7,14 @@ subgraph when no edge crosses its border. It is droppable
 1. as `identity` when a path from `n` to `j` consists of additions and identities alone: `j` becomes `n`;
 2. as `projection` when one operand of `j` is linear in `n`: `j` becomes that operand.
 
-3. `sequential` regions need no join: one operator with weights, and the normalisation and activation behind it,
-   whose output has the shape of its input.
-
-An activation that directly follows an identity join and leaves the entry's values alone (a ReLU, where the entry
-is itself a ReLU's output) belongs to the region: without it, every dropped block would leave a second ReLU behind.
-Consecutive identity regions whose joins were executed by one and the same module call, such as the two branches
-of a transformer layer, together form one more region.
+`sequential` regions need no join: one operator with weights, and what works element by element behind it, whose
+output has the shape of its input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from torch import fx
 
@@ -27,14 +23,12 @@ from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.discovery.labels import Ignore, ignore_rule, label_of, with_unique_labels
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
-from fxprune.graph.collector import collector_paused
+from fxprune.graph.extract import kept, reached
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
-from fxprune.graph.shapes import has_shapes
 
 __all__ = ["discover"]
 
 
-@collector_paused()
 def discover(
     gm: fx.GraphModule,
     *,
@@ -75,20 +69,18 @@ def discover(
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     found.sort(key=lambda r: (position[r.exit], position[r.entry], r.kind.value))
     labelled = with_unique_labels(found)
-    kept = ignore_rule(gm, ignore, labelled)
-    left = {region.label for region in kept}
-    refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r.label not in left)
+    left = dict.fromkeys(ignore_rule(gm, ignore, labelled))
+    refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r not in left)
     refused.sort(key=lambda r: position[r.exit])
-    return Discovery(tuple(kept), tuple(refused))
+    return Discovery(tuple(left), tuple(refused))
 
 
 def _kinds(kinds: Iterable[str | Kind]) -> frozenset[Kind]:
-    names = [kinds] if isinstance(kinds, (str, Kind)) else list(kinds)
-    known = {kind.value: kind for kind in Kind}
-    values = [name.value if isinstance(name, Kind) else name for name in names]
-    if not values or any(value not in known for value in values):
-        raise OptionError(f"kinds is {values}; choose from {sorted(known)}")
-    return frozenset(known[value] for value in values)
+    names = [str(getattr(kind, "value", kind)) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
+    known = {kind.value for kind in Kind}
+    if not names or not known.issuperset(names):
+        raise OptionError(f"kinds is {names}; choose from {sorted(known)}")
+    return frozenset(map(Kind, names))
 
 
 def _check(gm: fx.GraphModule) -> None:
@@ -96,7 +88,7 @@ def _check(gm: fx.GraphModule) -> None:
         gm.graph.lint()
     except Exception as error:
         raise GraphError(f"the graph does not lint: {error}; mend it, or trace the network again") from error
-    if not has_shapes(gm):
+    if any("tensor_meta" not in node.meta for node in gm.graph.nodes):
         raise GraphError(
             "the graph has no shapes: give example inputs to fxprune.trace, or run fxprune.passes.PropagateShapes on it"
         )
@@ -122,7 +114,8 @@ class _Search:
             if node.op in ("placeholder", "output"):
                 continue
             sources = self.dominance.sources[name]
-            joins = len(sources) > 1 or (_adds_itself(node) and ops.op_name(self.gm, node) == "add")
+            itself = len(node.args) > 1 and node.args[0] is node.args[1]
+            joins = len(sources) > 1 or (itself and ops.op_name(self.gm, node) == "add")
             begins = chains and len(sources) == 1 and ops.owns_weights(self.gm, node)
             if not (joins or begins) or not self.dominance.is_live(name):
                 continue
@@ -138,31 +131,24 @@ class _Search:
         name = ops.op_name(self.gm, join)
         if name not in ("add", "sub", "cat", "mul"):
             return None
-        entry_name = self.dominance.immediate(join.name)
-        if entry_name is None:
-            if name == "mul":
+        entry = self.flow.get(self.dominance.immediate(join.name) or "")
+        if name == "mul":
+            if entry is None or not any(self._identity_path(operand, entry) for operand in operands):
                 return None
+            return Refusal(Reason.MULTIPLICATIVE, f"{join.name} multiplies its entry by a gate")
+        if entry is None:
             return Refusal(Reason.NO_COMMON_ENTRY, "its operands come from different inputs")
-        entry = self.flow[entry_name]
         if name == "cat":
             return Refusal(Reason.CONCATENATION, f"{join.name} concatenates {len(operands)} tensors")
-        if name == "mul":
-            gate = any(self._identity_path(operand, entry) for operand in operands)
-            return (
-                Refusal(Reason.MULTIPLICATIVE, f"{join.name} multiplies its entry by a gate")
-                if gate
-                else None
-            )
         if not (ops.is_floating(join) and all(ops.is_floating(operand) for operand in operands)):
             return Refusal(Reason.DTYPE, f"{join.name} does not add floating-point tensors")
-        shape = ops.shape_of(join)
-        if any(ops.shape_of(operand) != shape for operand in operands):
-            shapes = [ops.shape_of(operand) for operand in operands]
+        shapes = [ops.shape_of(operand) for operand in operands]
+        if any(shape != ops.shape_of(join) for shape in shapes):
             return Refusal(Reason.BROADCAST, f"operands of shape {shapes}")
         if len(operands) == 1:
             return Refusal(Reason.NO_OPERATOR, f"{join.name} adds a tensor to itself")
         through = [operand for operand in operands if self._identity_path(operand, entry)]
-        if through and _scale(join, through[0]) == 1.0:
+        if through and self._scale(join, through[0]) == 1.0:
             return self._identity(join, entry)
         if through:
             return Refusal(Reason.SCALED, f"{join.name} scales its shortcut")
@@ -170,25 +156,18 @@ class _Search:
 
     def _identity_path(self, node: fx.Node, entry: fx.Node) -> bool:
         """Whether additions and identities alone lead from `entry` to `node`."""
-        seen, stack = set(), [node]
-        while stack:
-            current = stack.pop()
-            if current is entry:
-                return True
-            if current in seen or current.name not in self.flow:
-                continue
-            seen.add(current)
-            if not self.dominance.dominates(entry.name, current.name):
-                continue
+
+        def back(current: fx.Node) -> Iterable[fx.Node]:
+            inside = current is not entry and current.name in self.flow
+            if not inside or not self.dominance.dominates(entry.name, current.name):
+                return ()
             if ops.is_identity(self.gm, current):
-                stack.append(current.all_input_nodes[0])
-            elif ops.op_name(self.gm, current) in ("add", "sub"):
-                stack.extend(
-                    operand
-                    for operand in current.all_input_nodes
-                    if ops.shape_of(operand) == ops.shape_of(current) and _scale(current, operand) == 1.0
-                )
-        return False
+                return current.all_input_nodes[:1]
+            operands = current.all_input_nodes if ops.op_name(self.gm, current) in ("add", "sub") else ()
+            shape = ops.shape_of(current)
+            return [o for o in operands if ops.shape_of(o) == shape and self._scale(current, o) == 1.0]
+
+        return entry in reached([node], back)
 
     def _identity(self, join: fx.Node, entry: fx.Node) -> Region | Refusal:
         problem = _unlike(entry, join)
@@ -199,6 +178,7 @@ class _Search:
         return self._bounded(entry, exit_, entry, Kind.IDENTITY)
 
     def _absorb_activation(self, join: fx.Node, entry: fx.Node) -> fx.Node:
+        """The activation behind a join, where it leaves the entry's values alone and would stand there twice."""
         node = join
         while len(node.users) == 1:
             user = next(iter(node.users))
@@ -215,7 +195,7 @@ class _Search:
         linear = [
             (sum(ops.owns_weights(self.gm, n) for n in path), position, operand)
             for position, operand in enumerate(operands)
-            if (path := self._linear_path(operand, entry)) is not None and _scale(join, operand) == 1.0
+            if (path := self._linear_path(operand, entry)) is not None and self._scale(join, operand) == 1.0
         ]
         if not linear:
             return Refusal(
@@ -240,8 +220,8 @@ class _Search:
         crossing = self.border.crossing(entry, exit_, body)
         if crossing is not None:
             return crossing
-        dropped = self.border.dropped(body, exit_, bypass)
-        weighted = [node for node in dropped if ops.owns_weights(self.gm, node)]
+        stays = kept(body, bypass)
+        weighted = [node for node in body if node not in stays and ops.owns_weights(self.gm, node)]
         if not weighted:
             return Refusal(Reason.NO_OPERATOR, "nothing with weights would disappear")
         return Region(
@@ -276,32 +256,33 @@ class _Search:
             node = node.all_input_nodes[0]
         return len(node.users) != 1
 
+    def _scale(self, join: fx.Node, operand: fx.Node) -> float:
+        """The factor by which an addition or subtraction scales an operand; 0 when it is not a plain number."""
+        alpha = ops.argument(join, 2, "alpha", 1)
+        if not isinstance(alpha, (int, float)):
+            return 0.0
+        if join.args[1:2] != (operand,):
+            return 1.0
+        return float(alpha) * (-1.0 if ops.op_name(self.gm, join) == "sub" else 1.0)
+
     def composites(self, regions: list[Region]) -> list[Region]:
         """Runs of two or more consecutive identity regions whose joins one module call executed."""
-        joined = [r for r in regions if r.kind is Kind.IDENTITY and ops.scope_key(self.join_of[r.exit])]
-        by_scope: dict[str, list[Region]] = {}
-        for region in joined:
-            by_scope.setdefault(ops.scope_key(self.join_of[region.exit]), []).append(region)
-        found = []
-        for members in by_scope.values():
-            for run in self._runs(members):
-                entry, exit_ = self.flow[run[0].entry], self.flow[run[-1].exit]
-                whole = self._bounded(entry, exit_, entry, Kind.IDENTITY)
-                if isinstance(whole, Region):
-                    found.append(whole)
-        return found
-
-    def _runs(self, members: list[Region]) -> Iterator[list[Region]]:
-        run: list[Region] = []
-        for region in members:
-            if run and self._follows(run[-1], region):
-                run.append(region)
+        runs: dict[str, list[list[Region]]] = {}  # by the call that executed their joins
+        for region in regions:
+            call = ops.scope_key(self.join_of[region.exit]) if region.kind is Kind.IDENTITY else ""
+            if not call:
                 continue
+            before = runs.setdefault(call, [])
+            if before and self._follows(before[-1][-1], region):
+                before[-1].append(region)
+            else:
+                before.append([region])
+        found = []
+        for run in chain.from_iterable(runs.values()):
             if len(run) > 1:
-                yield run
-            run = [region]
-        if len(run) > 1:
-            yield run
+                entry = self.flow[run[0].entry]
+                found.append(self._bounded(entry, self.flow[run[-1].exit], entry, Kind.IDENTITY))
+        return [whole for whole in found if isinstance(whole, Region)]
 
     def _follows(self, first: Region, second: Region) -> bool:
         node = self.flow[second.entry]
@@ -310,27 +291,9 @@ class _Search:
         return node.name == first.exit
 
 
-def _adds_itself(node: fx.Node) -> bool:
-    return len(node.args) > 1 and node.args[0] is node.args[1]
-
-
-def _scale(join: fx.Node, operand: fx.Node) -> float:
-    """The factor by which an addition or subtraction scales an operand; 0 when it is not a plain number."""
-    alpha = join.kwargs.get("alpha", 1)
-    if len(join.args) > 2:
-        alpha = join.args[2]
-    if not isinstance(alpha, (int, float)):
-        return 0.0
-    name = str(getattr(join.target, "__name__", join.target))
-    sign = -1.0 if name.strip("_").startswith(("sub", "isub")) or ".sub" in name else 1.0
-    return float(alpha) * sign if len(join.args) > 1 and join.args[1] is operand else 1.0
-
-
 def _unlike(a: fx.Node, b: fx.Node) -> Refusal | None:
-    if (
-        not (ops.is_floating(a) and ops.is_floating(b))
-        or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype
-    ):
+    floating = ops.is_floating(a) and ops.is_floating(b)
+    if not floating or ops.tensor_meta(a).dtype != ops.tensor_meta(b).dtype:
         return Refusal(Reason.DTYPE, f"{a.name} and {b.name} do not hold one floating-point type")
     if ops.shape_of(a) != ops.shape_of(b):
         detail = f"{a.name} has shape {ops.shape_of(a)}, {b.name} has {ops.shape_of(b)}"

@@ -105,17 +105,15 @@ class Dominance:
 
     def dominates(self, a: str, b: str) -> bool:
         """Whether every path from the inputs to `b` goes through `a` (`a == b` included)."""
-        first, second = self._head[a], self._head[b]
-        if first == second:
-            return first in self._before and self._position[a] <= self._position[b]
-        return self._before.is_ancestor(first, second)
+        return self._rules(self._before, a, b, in_order=self._position[a] <= self._position[b])
 
     def post_dominates(self, a: str, b: str) -> bool:
         """Whether every path from `b` to the outputs goes through `a` (`a == b` included)."""
+        return self._rules(self._after, a, b, in_order=self._position[a] >= self._position[b])
+
+    def _rules(self, tree: _Tree, a: str, b: str, *, in_order: bool) -> bool:
         first, second = self._head[a], self._head[b]
-        if first == second:
-            return first in self._after and self._position[a] >= self._position[b]
-        return self._after.is_ancestor(first, second)
+        return tree.is_ancestor(first, second) and (first != second or in_order)
 
     def is_live(self, node: str) -> bool:
         """Whether the node lies between the inputs and the outputs."""

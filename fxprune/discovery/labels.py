@@ -26,10 +26,8 @@ def label_of(nodes: Iterable[fx.Node], join: fx.Node) -> str:
 
 
 def _common_path(paths: Sequence[str]) -> str:
-    shared = takewhile(
-        lambda parts: len(set(parts)) == 1, zip(*(path.split(".") for path in paths), strict=False)
-    )
-    return ".".join(parts[0] for parts in shared)
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def with_unique_labels(regions: Sequence[Region]) -> list[Region]:

@@ -16,8 +16,6 @@ __all__ = ["find_tap", "output_tap"]
 
 logger = logging.getLogger(__name__)
 
-_POOLS = vocabulary.AVERAGE_POOLS | vocabulary.MAX_POOLS
-
 
 def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:
     """Finds the tap of a network.
@@ -38,50 +36,35 @@ def find_tap(gm: fx.GraphModule, name: str | None = None) -> tuple[str, ...]:
     """
     flow = flow_nodes(gm)
     if name is not None:
-        return (_named(flow, name),)
+        calls = [n for n, node in flow.items() if node.op == "call_module" and node.target == name]
+        if name not in flow and not calls:
+            raise GraphError(
+                f"tap {name!r} is neither a node nor a module of the graph; its last nodes are {list(flow)[-6:-1]}"
+            )
+        return (name if name in flow else calls[-1],)
     dominance = Dominance(flow)
     output = next(reversed(flow))
     through = [node for n, node in flow.items() if n != output and dominance.dominates(n, output)]
-    for node in reversed(through):
-        if _pools_globally(gm, node):
-            return (node.all_input_nodes[0].name,)
-    for node in reversed(through):
-        if ops.op_name(gm, node) == "linear":
-            return (node.all_input_nodes[0].name,)
+    pools = [node for node in through if _pools_globally(gm, node)]
+    last = pools or [node for node in through if ops.op_name(gm, node) == "linear"]
+    if last:
+        return (last[-1].all_input_nodes[0].name,)
     outputs = tuple(n.name for n in flow[output].all_input_nodes if n.name in flow and ops.is_floating(n))
     if not outputs:
         raise GraphError("no output of the network is a floating-point tensor; name a tap")
     return outputs
 
 
-def _named(flow: dict[str, fx.Node], name: str) -> str:
-    if name in flow:
-        return name
-    calls = [n for n, node in flow.items() if node.op == "call_module" and str(node.target) == name]
-    if not calls:
-        raise GraphError(
-            f"tap {name!r} is neither a node nor a module of the graph; its last nodes are {list(flow)[-6:-1]}"
-        )
-    return calls[-1]
-
-
 def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a pooling or mean reduces all spatial dimensions of one feature map to one position."""
-    if ops.op_name(gm, node) not in _POOLS or not node.all_input_nodes:
+    if ops.op_name(gm, node) not in vocabulary.POOLS or not node.all_input_nodes:
         return False
-    before, after = ops.shape_of(node.all_input_nodes[0]), _first_shape(node)
-    if before is None or after is None or len(before) < 3:
+    before, meta = ops.shape_of(node.all_input_nodes[0]), node.meta["tensor_meta"]
+    if before is None or len(before) < 3:
         return False
-    left = math.prod(after[1:])
+    after = meta if hasattr(meta, "shape") else meta[0]  # ATen's maximum pooling returns the positions too
+    left = math.prod(after.shape[1:])
     return left in (before[1], before[-1]) and left < math.prod(before[1:])  # one value a channel is left
-
-
-def _first_shape(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of the result, or of its first part: ATen's maximum pooling returns the positions too."""
-    meta = node.meta.get("tensor_meta")
-    if meta is not None and not hasattr(meta, "shape"):
-        meta = meta[0]
-    return None if meta is None else tuple(meta.shape)
 
 
 def output_tap(gm: fx.GraphModule) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""What a network is: tracing, operators, regions, and where adaptors fit. Nothing here rewrites a graph."""
+"""FX graphs: how they are called, what their nodes compute, their shapes, their parts."""

@@ -95,27 +95,15 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """A copy with `function` applied to each of `tensors()`."""
-        args, kwargs = pytree.tree_map(
-            lambda leaf: function(leaf) if is_batched(leaf) else leaf, (self.args, self.kwargs)
-        )
-        return Inputs(args, kwargs)
+        return Inputs(*pytree.tree_map_only(is_batched, function, (self.args, self.kwargs)))
 
     def to(self, device: torch.device | str) -> Inputs:
         """The batch on `device`; scalar tensors move too."""
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
-        )
-        return Inputs(args, kwargs)
+        return Inputs(*pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs)))
 
     def select(self, indices: Tensor) -> Inputs:
         """The images at `indices` (int64, one-dimensional), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
-
-
-def _parts(spec: Any) -> Sequence[Any]:
-    """The children of a `TreeSpec`; before torch 2.10 they were an attribute."""
-    parts: Sequence[Any] = spec.children() if hasattr(spec, "children") else spec.children_specs
-    return parts
 
 
 def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -134,7 +122,8 @@ def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec.num_children == 2 and info.in_spec.type is tuple:
-        keywords = _parts(info.in_spec)[1].context or []
+        spec = info.in_spec  # before torch 2.10 its children were an attribute
+        keywords = (spec.children() if hasattr(spec, "children") else spec.children_specs)[1].context or []
         ordered = {name: kwargs[name] for name in keywords if name in kwargs}
         return pytree.tree_leaves((tuple(args), ordered))
     if info is not None:
@@ -149,9 +138,8 @@ def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             values.append(node.args[0])
         elif not name.startswith("*"):
             raise GraphError(f"input {name!r} of the network was not given", nodes=[node.name])
-    unknown = set(kwargs) - {str(node.target) for node in placeholders}
-    if len(args) > len(placeholders) or unknown:
-        names = [str(node.target) for node in placeholders]
+    names = [str(node.target) for node in placeholders]
+    if len(args) > len(placeholders) or not kwargs.keys() <= set(names):
         raise GraphError(
             f"the network takes {names}, but {len(args)} positional and {sorted(kwargs)} were given"
         )

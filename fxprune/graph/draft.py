@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.graph.collector import collector_paused
-
 __all__ = ["Draft"]
 
 
@@ -31,8 +29,7 @@ class Draft(fx.GraphModule):
 
     def _renew(self) -> None:
         if "forward" not in vars(type(self)):
-            with collector_paused():
-                super().recompile()
+            super().recompile()
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]  # read-only here, as on any graph module

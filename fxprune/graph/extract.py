@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import fx
 
-from fxprune.graph.collector import collector_paused
 from fxprune.graph.draft import Draft
 
-__all__ = ["ancestors", "between", "descendants", "share"]
+__all__ = ["ancestors", "between", "descendants", "kept", "reached", "share"]
 
 
-@collector_paused()
 def share(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module with a graph of its own and the very same leaf modules and parameters, to be rewritten."""
     graph = fx.Graph()
@@ -45,32 +43,24 @@ def between(gm: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -
         A module that shares its leaf modules and parameters with `gm`.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    needed: set[fx.Node] = set()
-    stack = [nodes[name] for name in outputs]
-    given = {nodes[name] for name in inputs}
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in given:
-                stack.extend(node.all_input_nodes)
+    needed = ancestors(gm, outputs, inputs).difference(inputs)
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     for name in inputs:
         mapped[nodes[name]] = graph.placeholder(name)
         mapped[nodes[name]].meta = dict(nodes[name].meta)
     for node in gm.graph.nodes:
-        if node in needed and node not in given:
-            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+        if node.name in needed:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
     graph.output(tuple(mapped[nodes[name]] for name in outputs))
     return fx.GraphModule(gm, graph, "Part")
 
 
-def ancestors(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
-    """The named nodes and everything they are computed from."""
-    found = set(names)
+def ancestors(gm: fx.GraphModule, names: Iterable[str], given: Collection[str] = ()) -> set[str]:
+    """The named nodes and everything they are computed from, as far as some nodes that are given."""
+    found, known = set(names), frozenset(given)
     for node in reversed(gm.graph.nodes):
-        if node.name in found:
+        if node.name in found and node.name not in known:
             found.update(source.name for source in node.all_input_nodes)
     return found
 
@@ -82,3 +72,21 @@ def descendants(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
         if any(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return found
+
+
+def reached(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> dict[fx.Node, None]:
+    """The nodes that a walk meets, those where it starts included; `onward` says where it goes from each."""
+    found = dict.fromkeys(starts)
+    stack = list(found)
+    while stack:
+        for node in onward(stack.pop()):
+            if node not in found:
+                found[node] = None
+                stack.append(node)
+    return found
+
+
+def kept(body: Iterable[fx.Node], bypass: fx.Node) -> dict[fx.Node, None]:
+    """Nodes of a region's body that are still needed once the bypass stands in for the exit: a projection shortcut."""
+    members = set(body)
+    return reached(members & {bypass}, lambda node: [s for s in node.all_input_nodes if s in members])

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
@@ -18,6 +17,7 @@ from fxprune.graph import vocabulary
 
 __all__ = [
     "MUTATES",
+    "argument",
     "fixed_interval",
     "is_dense",
     "is_elementwise",
@@ -38,6 +38,10 @@ __all__ = [
 
 MUTATES = "mutates"
 """Key in `node.meta`: which of `all_input_nodes` the node was seen to change in place and return."""
+
+_ELEMENTWISE = vocabulary.NORMS | vocabulary.ACTIVATIONS | {"norm_activation"}
+_LINEAR = vocabulary.DENSE | vocabulary.NORMS | vocabulary.AVERAGE_POOLS | vocabulary.LAYOUT
+_CLAMPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -80,8 +84,8 @@ def mutated_input(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         inplace = target.endswith("_") and not target.endswith("__")
     elif node.op == "call_function":
         inplace = vocabulary.works_in_place(target) or node.kwargs.get("inplace") is True
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return first if inplace and isinstance(first, fx.Node) else None
+    first = argument(node, 0, "input") if inplace else None
+    return first if isinstance(first, fx.Node) else None
 
 
 def tensor_meta(node: fx.Node) -> Any:
@@ -96,73 +100,55 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return None if meta is None else tuple(meta.shape)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, whether given by position or by name."""
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default
 
 
-def _is_idle_dropout(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
-    if node.op == "call_module":
-        return True  # tracing is in evaluation mode
-    if name == "stochastic_depth":
-        return _argument(node, 3, "training", True) is False
-    return _argument(node, 2, "train" if isinstance(node.target, OpOverload) else "training", True) is False
-
-
 def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node returns its first input unchanged in evaluation mode (Identity, idle dropout, clone)."""
     name = op_name(gm, node)
-    if name in ("dropout", "stochastic_depth"):
-        return _is_idle_dropout(gm, node, name)
-    return name in ("identity", "copy")
+    if name not in ("dropout", "stochastic_depth"):
+        return name in ("identity", "copy")
+    if node.op == "call_module":
+        return True  # tracing is in evaluation mode
+    position = 3 if name == "stochastic_depth" else 2
+    keyword = "train" if isinstance(node.target, OpOverload) else "training"
+    return argument(node, position, keyword, True) is False
 
 
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a normalisation, an activation or an identity, so that shape and meaning stay."""
-    name = op_name(gm, node)
-    return (
-        name in vocabulary.NORMS
-        or name in vocabulary.ACTIVATIONS
-        or name == "norm_activation"
-        or is_identity(gm, node)
-    )
+    return op_name(gm, node) in _ELEMENTWISE or is_identity(gm, node)
 
 
 def is_dense(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a convolution or a linear layer: a map over channels with a weight of its own."""
-    name = op_name(gm, node)
-    return name in vocabulary.CONVOLUTIONS or name == "linear"
+    return op_name(gm, node) in vocabulary.DENSE
 
 
 def is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is linear in its data in evaluation mode (affine counts): the parts of a projection shortcut."""
-    name = op_name(gm, node)
-    return (
-        is_dense(gm, node)
-        or name in vocabulary.NORMS
-        or name in vocabulary.AVERAGE_POOLS
-        or name in vocabulary.LAYOUT
-        or is_identity(gm, node)
-    )
+    return op_name(gm, node) in _LINEAR or is_identity(gm, node)
 
 
 def fixed_interval(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """The interval whose values a clamping activation leaves alone; None for every other node."""
     name = op_name(gm, node)
-    if name == "relu":
-        return 0.0, math.inf
-    if name == "relu6":
-        return 0.0, 6.0
+    if name in _CLAMPS:
+        return _CLAMPS[name]
     if name == "hardtanh":
         module = module_of(gm, node)
         if isinstance(module, nn.Hardtanh):
             return float(module.min_val), float(module.max_val)
-        return float(_argument(node, 1, "min_val", -1.0)), float(_argument(node, 2, "max_val", 1.0))
+        return float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
     if name in ("clamp", "clip"):
-        low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
-        if isinstance(low, (int, float, type(None))) and isinstance(high, (int, float, type(None))):
-            return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)):
+            return float(low), float(high)
     return None
 
 
@@ -172,11 +158,8 @@ def output_interval(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float]:
         interval = fixed_interval(gm, node)
         if interval is not None:
             return interval
-        name = op_name(gm, node)
-        if (
-            not (is_identity(gm, node) or name in vocabulary.MAX_POOLS or name in vocabulary.AVERAGE_POOLS)
-            or not node.all_input_nodes
-        ):
+        keeps = is_identity(gm, node) or op_name(gm, node) in vocabulary.POOLS
+        if not keeps or not node.all_input_nodes:
             break
         node = node.all_input_nodes[0]
     return -math.inf, math.inf
@@ -215,4 +198,4 @@ def module_path(node: fx.Node) -> str:
 def is_floating(node: fx.Node) -> bool:
     """Whether the node holds one tensor of a floating-point type."""
     meta = tensor_meta(node)
-    return meta is not None and isinstance(meta.dtype, torch.dtype) and meta.dtype.is_floating_point
+    return meta is not None and bool(meta.dtype.is_floating_point)

@@ -15,7 +15,7 @@ from fxprune.errors import GraphError
 from fxprune.graph.call import bind
 from fxprune.graph.operators import MUTATES
 
-__all__ = ["has_shapes", "propagate_shapes", "unfit"]
+__all__ = ["propagate_shapes", "unfit"]
 
 
 def _metadata(value: Any) -> Any:
@@ -55,11 +55,6 @@ def _version(value: Any) -> int | None:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
-def has_shapes(gm: fx.GraphModule) -> bool:
-    """Whether every node that computes something carries `tensor_meta`."""
-    return all("tensor_meta" in node.meta for node in gm.graph.nodes)
-
-
 def propagate_shapes(
     gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> None:
@@ -82,8 +77,8 @@ def propagate_shapes(
         with mode, torch.no_grad():
             _Recorder(gm).run(*fakes, enable_io_processing=False)
     except Exception as fake_error:
+        copies = pytree.tree_map_only(torch.Tensor, torch.clone, values)
         try:
-            copies = pytree.tree_map_only(torch.Tensor, torch.clone, values)
             with torch.no_grad():
                 _Recorder(gm).run(*copies, enable_io_processing=False)
         except Exception as error:

@@ -7,6 +7,7 @@ so that a user's function called `dropout` is never taken for torch's.
 from __future__ import annotations
 
 import operator
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -18,9 +19,10 @@ __all__ = [
     "ALIASES",
     "AVERAGE_POOLS",
     "CONVOLUTIONS",
+    "DENSE",
     "LAYOUT",
-    "MAX_POOLS",
     "NORMS",
+    "POOLS",
     "VIEWS",
     "function_name",
     "is_torchs_own",
@@ -37,6 +39,11 @@ _NAMED_ALIKE = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid,
     nn.Tanh, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.Softplus, nn.Flatten, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
 )  # fmt: skip
+_NAMED_IN_WORDS = (
+    nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 _NAMED_OTHERWISE: dict[str, tuple[type[nn.Module], ...]] = {
     "leaky_relu": (nn.LeakyReLU,),
     "dropout": (
@@ -44,24 +51,13 @@ _NAMED_OTHERWISE: dict[str, tuple[type[nn.Module], ...]] = {
     ),
     "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     "instance_norm": (nn.InstanceNorm2d,),
-    "layer_norm": (nn.LayerNorm,),
-    "group_norm": (nn.GroupNorm,),
-    "local_response_norm": (nn.LocalResponseNorm,),
-    "max_pool2d": (nn.MaxPool2d,),
-    "max_pool3d": (nn.MaxPool3d,),
-    "avg_pool2d": (nn.AvgPool2d,),
-    "avg_pool3d": (nn.AvgPool3d,),
-    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d,),
-    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d,),
-    "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d,),
     "pad": (nn.ZeroPad2d,),
-    "conv_transpose1d": (nn.ConvTranspose1d,),
-    "conv_transpose2d": (nn.ConvTranspose2d,),
-    "conv_transpose3d": (nn.ConvTranspose3d,),
     "multi_head_attention": (nn.MultiheadAttention,),
 }  # fmt: skip
-MODULE_NAMES: dict[type[nn.Module], str] = {kind: kind.__name__.lower() for kind in _NAMED_ALIKE} | {
-    kind: name for name, kinds in _NAMED_OTHERWISE.items() for kind in kinds
+MODULE_NAMES: dict[type[nn.Module], str] = {
+    **{kind: kind.__name__.lower() for kind in _NAMED_ALIKE},
+    **{kind: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() for kind in _NAMED_IN_WORDS},
+    **{kind: name for name, kinds in _NAMED_OTHERWISE.items() for kind in kinds},
 }
 
 _OTHER_NAMES = {
@@ -105,12 +101,10 @@ VIEWS = frozenset(
     }
 )  # fmt: skip
 """Operators whose result may share memory with their input."""
-LAYOUT = frozenset(
-    {
-        "getitem", "slice", "select", "narrow", "index_select", "pad", "constant_pad_nd", "permute", "transpose",
-        "flatten", "reshape", "view", "squeeze", "unsqueeze", "zero_pad2d",
-    }
-)  # fmt: skip
+LAYOUT = VIEWS - {"chunk", "split", "unbind", "expand"} | {"index_select", "pad", "constant_pad_nd"}
+DENSE = CONVOLUTIONS | {"linear"}
+"""Maps over channels with a weight of their own."""
+POOLS = AVERAGE_POOLS | MAX_POOLS
 
 
 @lru_cache(maxsize=4096)  # few functions, many nodes
@@ -121,16 +115,17 @@ def function_name(target: Any) -> str:
         space, _, base = name.partition("::")
         return base if space == "aten" else name
     name = getattr(target, "__name__", str(target))
+    return name if _is_of(TRUSTED, target) else f"{target.__module__}.{name}"
+
+
+def _is_of(packages: tuple[str, ...], target: Any) -> bool:
     module = getattr(target, "__module__", None)
-    if module is None or module.split(".")[0] in TRUSTED:
-        return name
-    return f"{module}.{name}"
+    return module is None or module.split(".")[0] in packages
 
 
 def is_torchs_own(target: Any) -> bool:
     """Whether a function is torch's or Python's own, so that it changes nothing but what its name says."""
-    module = getattr(target, "__module__", None)
-    return isinstance(target, (OpOverload, OpOverloadPacket)) or module is None or module.split(".")[0] in OWN
+    return isinstance(target, (OpOverload, OpOverloadPacket)) or _is_of(OWN, target)
 
 
 def module_name(module: nn.Module) -> str:
@@ -141,7 +136,7 @@ def module_name(module: nn.Module) -> str:
             continue
         if kind is type(module):
             return name
-        if name in CONVOLUTIONS or name == "linear":
+        if name in DENSE:
             return name
         if name in NORMS:
             active = any(not isinstance(child, nn.Identity) for child in module.children())

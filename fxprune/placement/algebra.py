@@ -62,19 +62,7 @@ def fold_bias_post(bias: Tensor, adaptor: Tensor) -> Tensor:
 
 
 def fold_pre(weight: Tensor, adaptor: Tensor, layout: Layout) -> Tensor:
-    """Folds an adaptor that stands before an operator.
-
-    Args:
-        weight: `[out, in, *kernel]`, or `[in, out, *kernel]` for a transposed convolution.
-        adaptor: `[in, in]`.
-        layout: How `weight` is laid out.
-
-    Returns:
-        The new weight, in the type and differentiable in both arguments.
-
-    Raises:
-        FoldError: The shapes do not fit.
-    """
+    """Folds an adaptor `[in, in]` that stands before an operator; else as `fold_post`."""
     if layout is Layout.CONV_TRANSPOSE:
         _check(adaptor, weight.shape[0])
         return (adaptor.T @ weight.flatten(1)).reshape(weight.shape)

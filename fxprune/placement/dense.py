@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -68,11 +69,6 @@ _ATTENTION_FUNCTIONS = {"shifted_window_attention", "shifted_window_attention_3d
 """Functions over tokens that keep their projections as `qkv_weight` and `proj_weight`, with `proj_bias`."""
 
 
-def _parameter_ids(module: nn.Module | None) -> set[int]:
-    parts = ops.parts_of(module) if module is not None else ()
-    return {id(p) for part in parts for p in part._parameters.values() if p is not None}
-
-
 class OperatorIndex:
     """Every dense operator of a graph, and who else uses its weights.
 
@@ -87,15 +83,16 @@ class OperatorIndex:
         calls: list[str] = []
         owned: list[int] = []
         for node in gm.graph.nodes:
-            if node.op == "call_module":
+            module = ops.module_of(gm, node)
+            if module is not None:
                 calls.append(str(node.target))
-                owned.extend(_parameter_ids(ops.module_of(gm, node)))
+                owned.extend({id(p) for part in ops.parts_of(module) for p in part._parameters.values()})
             elif node.op == "get_attr":
                 value = attrgetter(str(node.target))(gm)
                 if isinstance(value, nn.Parameter):
                     owned.extend([id(value)] * len(node.users))
         self._calls, self._owners = Counter(calls), Counter(owned)
-        self._unread = {node.name: node for node in gm.graph.nodes}
+        self._nodes = {node.name: node for node in gm.graph.nodes}
         self._found: dict[str, DenseOperator | None] = {}
 
     def __getitem__(self, name: str) -> DenseOperator:
@@ -106,10 +103,9 @@ class OperatorIndex:
 
     def get(self, name: str) -> DenseOperator | None:
         """The operator at a node, None when the node is no dense operator."""
-        node = self._unread.pop(name, None)
-        if node is not None:
-            self._found[name] = self._read(node)
-        return self._found.get(name)
+        if name not in self._found:
+            self._found[name] = self._read(self._nodes[name]) if name in self._nodes else None
+        return self._found[name]
 
     def writer(self, node: fx.Node) -> DenseOperator | None:
         """The operator whose output a node holds: its own, or that of the result it is an item of."""
@@ -131,18 +127,14 @@ class OperatorIndex:
         return self._function(node, layout) if module is None else self._module(node, module, layout)
 
     def _module(self, node: fx.Node, module: Any, layout: Layout) -> DenseOperator | None:
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(source, fx.Node):
-            return None
+        source = ops.argument(node, 0, "input")
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor):
+        if not isinstance(source, fx.Node) or not isinstance(weight, torch.Tensor):
             return None
-        refusal = self._module_refusal(node, module)
-        path = f"{node.target}."
-        bias = f"{path}bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
-        return self._build(
-            node, layout, f"{path}weight", bias, weight, getattr(module, "groups", 1), source, refusal
-        )
+        path = str(node.target)
+        bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None
+        groups, refusal = getattr(module, "groups", 1), self._module_refusal(node, module)
+        return self._build(node, layout, f"{path}.weight", bias, weight.shape, groups, source, refusal)
 
     def _module_refusal(self, node: fx.Node, module: nn.Module) -> str:
         if self._calls[str(node.target)] > 1:
@@ -157,24 +149,14 @@ class OperatorIndex:
         return ""
 
     def _function(self, node: fx.Node, layout: Layout) -> DenseOperator | None:
-        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-        source, weight, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
-        if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or ops.shape_of(weight) is None:
+        source, weight, bias = (ops.argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
+        shape = ops.shape_of(weight) if isinstance(weight, fx.Node) else None
+        if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or shape is None:
             return None
-        refusal = ""
-        for part in (weight, bias):
-            if isinstance(part, fx.Node):
-                if part.op != "get_attr":
-                    refusal = "its weight is computed, not stored"
-                elif not isinstance(attrgetter(str(part.target))(self._gm), torch.Tensor):
-                    refusal = "its weight is not a tensor"
-        groups = node.kwargs.get("groups", 1)
-        if len(node.args) > 6:  # of convolutions, transposed or not; linear layers take three arguments
-            groups = node.args[6]
-        stored = self._stored(weight)
-        tensor = torch.empty(ops.shape_of(weight) or (), device="meta") if stored is None else stored[1]
-        bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
-        return self._build(node, layout, str(weight.target), bias_name, tensor, groups, source, refusal)
+        stored = all(_stored(part) for part in (weight, bias) if isinstance(part, fx.Node))
+        refusal = "" if stored else "its weight is computed, not stored"
+        groups = ops.argument(node, 6, "groups", 1)  # of any convolution; linear layers take three arguments
+        return self._build(node, layout, str(weight.target), _stored(bias), shape, groups, source, refusal)
 
     def _build(
         self,
@@ -182,97 +164,85 @@ class OperatorIndex:
         layout: Layout,
         weight: str,
         bias: str | None,
-        tensor: torch.Tensor,
+        shape: Sequence[int],
         groups: Any,
         source: fx.Node,
         refusal: str,
     ) -> DenseOperator:
         count = groups if isinstance(groups, int) else 1
-        outer, inner = tensor.shape[0], tensor.shape[1]
-        if layout is Layout.CONV_TRANSPOSE:
-            out_channels, in_channels = inner * count, outer
-        else:
-            out_channels, in_channels = outer, inner * count
-        if not refusal and count != 1:
-            refusal = "it is grouped"
+        outer, inner = shape[0], shape[1] * count
+        transposed = layout is Layout.CONV_TRANSPOSE
         return DenseOperator(
             node=node.name,
             read=weight,
             write=weight,
             bias=bias,
-            in_channels=in_channels,
-            out_channels=out_channels,
+            in_channels=outer if transposed else inner,
+            out_channels=inner if transposed else outer,
             data=(source.name,),
             output=node.name,
-            refusal=refusal or self._tensor_refusal(tensor),
+            refusal=refusal or ("it is grouped" if count != 1 else self._weight_refusal(weight)),
             layout=layout,
             groups=count,
         )
 
-    def _stored(self, node: Any) -> tuple[str, torch.Tensor] | None:
-        """Name and value of the tensor that a `get_attr` node reads."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        value = attrgetter(str(node.target))(self._gm)
-        return (str(node.target), value) if isinstance(value, torch.Tensor) else None
-
-    def _tensor_refusal(self, weight: torch.Tensor) -> str:
+    def _weight_refusal(self, name: str) -> str:
+        weight = attrgetter(name)(self._gm)
         if self._owners[id(weight)] > 1:
             return "its weight is used more than once"
         if not weight.dtype.is_floating_point:
             return f"its weight is {weight.dtype}"
-        if weight.is_meta:
-            return "its weight is on the meta device"
-        return ""
+        return "its weight is on the meta device" if weight.is_meta else ""
 
     def _attention(self, node: fx.Node, module: nn.MultiheadAttention) -> DenseOperator | None:
-        arguments = dict(zip(("query", "key", "value"), node.args, strict=False)) | dict(node.kwargs)
-        sources = [arguments.get(name) for name in ("query", "key", "value")]
+        sources = [ops.argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
         items = [u for u in node.users if ops.op_name(self._gm, u) == "getitem" and u.args[1] == 0]
         if not all(isinstance(s, fx.Node) for s in sources) or len(items) != 1:
             return None
-        path = f"{node.target}."
-        refusal = ""
+        read, write = f"{node.target}.in_proj_weight", f"{node.target}.out_proj.weight"
         if self._calls[str(node.target)] > 1:
             refusal = "the module is called more than once"
         elif module.in_proj_weight is None or "in_proj_weight" not in module._parameters:
             refusal = "its projections are not packed"
         elif not isinstance(module.out_proj.weight, nn.Parameter):
             refusal = "its weight is parametrised"
+        else:
+            refusal = self._weight_refusal(read) or self._weight_refusal(write)
         return DenseOperator(
             node=node.name,
-            read=f"{path}in_proj_weight",
-            write=f"{path}out_proj.weight",
-            bias=f"{path}out_proj.bias" if module.out_proj.bias is not None else None,
+            read=read,
+            write=write,
+            bias=f"{node.target}.out_proj.bias" if module.out_proj.bias is not None else None,
             in_channels=module.embed_dim,
             out_channels=module.embed_dim,
             data=tuple(s.name for s in sources if isinstance(s, fx.Node)),
             output=items[0].name,
-            refusal=refusal
-            or self._tensor_refusal(module.in_proj_weight)
-            or self._tensor_refusal(module.out_proj.weight),
+            refusal=refusal,
         )
 
     def _attention_function(self, node: fx.Node) -> DenseOperator | None:
         assert callable(node.target)  # it is a call_function node
         given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-        source, read, write, bias = (
-            given.get(name) for name in ("input", "qkv_weight", "proj_weight", "proj_bias")
-        )
-        reading, writing = self._stored(read), self._stored(write)
-        if not isinstance(source, fx.Node) or reading is None or writing is None:
+        source, bias = given.get("input"), given.get("proj_bias")
+        read, write = _stored(given.get("qkv_weight")), _stored(given.get("proj_weight"))
+        if not isinstance(source, fx.Node) or read is None or write is None:
             return None
         return DenseOperator(
             node=node.name,
-            read=reading[0],
-            write=writing[0],
+            read=read,
+            write=write,
             bias=str(bias.target) if isinstance(bias, fx.Node) else None,
-            in_channels=reading[1].shape[1],
-            out_channels=writing[1].shape[0],
+            in_channels=attrgetter(read)(self._gm).shape[1],
+            out_channels=attrgetter(write)(self._gm).shape[0],
             data=(source.name,),
             output=node.name,
-            refusal=self._tensor_refusal(reading[1]) or self._tensor_refusal(writing[1]),
+            refusal=self._weight_refusal(read) or self._weight_refusal(write),
         )
+
+
+def _stored(node: Any) -> str | None:
+    """Name of the tensor that a `get_attr` node reads, None for anything else."""
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def _is_plain_map(module: nn.Module) -> bool:
@@ -280,13 +250,7 @@ def _is_plain_map(module: nn.Module) -> bool:
 
     Decided by running it: scaling and mixing the weight's channels must do what mixing the input's or output's does.
     """
-    weight = getattr(module, "weight", None)
-    if (
-        not isinstance(module, nn.Conv2d)
-        or not isinstance(weight, nn.Parameter)
-        or module.groups != 1
-        or weight.is_meta
-    ):
+    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.weight.is_meta:
         return False
     try:
         probe = copy.deepcopy(module).double().eval()

@@ -9,15 +9,16 @@ as a depthwise convolution, is passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
+from fxprune.graph.extract import kept, reached
 from fxprune.graph.regions import AdaptorSite, Region, Side
-from fxprune.placement.dense import DenseOperator, OperatorIndex
+from fxprune.placement.dense import OperatorIndex
 
 __all__ = ["Placement", "SiteRefusal", "find_sites"]
 
@@ -84,20 +85,27 @@ class _Walk:
             )
         self._index = OperatorIndex(gm)
         self._bypass = {region.exit: region for region in regions}
-        self._inside = {name: region for region in regions for name in region.body}
-        self.sites: dict[AdaptorSite, None] = {}
-        self.refused: dict[SiteRefusal, None] = {}
+        self._gone: set[fx.Node] = set()
+        for region in regions:
+            body = {self._nodes[name] for name in region.body}
+            self._gone |= body.difference(kept(body, self._nodes[region.bypass]))
+        self.sites: set[AdaptorSite] = set()
+        self.refused: set[SiteRefusal] = set()
 
     def around(self, region: Region) -> None:
         """Collects the sites on both sides of one cut."""
-        bypass = self._nodes[region.bypass]
-        while bypass.name in self._bypass:
-            bypass = self._nodes[self._bypass[bypass.name].bypass]
+        bypass = self._survivor(self._nodes[region.bypass])
         channels = self._channels(bypass)
         if channels is None:
             return
         self._search([bypass], channels, Side.POST)
         self._search(list(self._users(self._nodes[region.exit])), channels, Side.PRE)
+
+    def _survivor(self, node: fx.Node) -> fx.Node:
+        """Who holds a node's value once the regions, of which one may follow another, are dropped."""
+        while node.name in self._bypass:
+            node = self._nodes[self._bypass[node.name].bypass]
+        return node
 
     def _channels(self, node: fx.Node) -> int | None:
         """Width of the stream: what the nearest operator that feeds it writes, else its second dimension."""
@@ -118,36 +126,33 @@ class _Walk:
 
     def _search(self, start: list[fx.Node], channels: int, side: Side) -> None:
         """Walks the stream from `start`: toward its producers for POST, toward its consumers for PRE."""
-        seen: set[fx.Node] = set()
-        stack = list(start)
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            operator = self._index.writer(node) if side is Side.POST else self._index.get(node.name)
-            if operator is not None and self._meets(operator, channels, side):
-                if not operator.refusal:
-                    self.sites[AdaptorSite(operator.node, side, channels, operator.channel_dim)] = None
-                    continue
-                self.refused[SiteRefusal(operator.node, side, operator.refusal)] = None
-                if operator.groups == 1:
-                    continue
-            elif operator is not None:
-                continue
-            if channels in (ops.shape_of(node) or ()) or ops.tensor_meta(node) is None:
-                stack.extend(self._sources(node) if side is Side.POST else self._users(node))
 
-    def _meets(self, operator: DenseOperator, channels: int, side: Side) -> bool:
-        if side is Side.POST:
-            return operator.out_channels == channels
-        return operator.in_channels == channels and len(set(operator.data)) == 1
+        def onward(node: fx.Node) -> Iterable[fx.Node]:
+            if node.op in ("placeholder", "get_attr", "output"):
+                return ()
+            operator = self._index.writer(node) if side is Side.POST else self._index.get(node.name)
+            if operator is not None:
+                width = operator.out_channels if side is Side.POST else operator.in_channels
+                several = side is Side.PRE and len(set(operator.data)) > 1
+                if width != channels or several:
+                    return ()
+                if not operator.refusal:
+                    self.sites.add(AdaptorSite(operator.node, side, channels, operator.channel_dim))
+                    return ()
+                self.refused.add(SiteRefusal(operator.node, side, operator.refusal))
+                if operator.groups == 1:
+                    return ()
+            carries = ops.tensor_meta(node) is None or channels in (ops.shape_of(node) or ())
+            if not carries:
+                return ()
+            return self._sources(node) if side is Side.POST else self._users(node)
+
+        reached(start, onward)
 
     def _users(self, node: fx.Node) -> Iterator[fx.Node]:
         """Users of a node once the regions are dropped: a dropped region passes its bypass on."""
         for user in node.users:
-            region = self._inside.get(user.name)
-            if region is None or user.name in self._kept(region):
+            if user not in self._gone:
                 yield user
         for region in self._bypass.values():
             if region.bypass == node.name:
@@ -157,18 +162,6 @@ class _Walk:
         """Inputs of a node that carry the stream, once the regions are dropped."""
         shape = ops.shape_of(node)
         for source in node.all_input_nodes:
-            while source.name in self._bypass:  # regions that follow one another are passed over together
-                source = self._nodes[self._bypass[source.name].bypass]
+            source = self._survivor(source)
             if len(node.all_input_nodes) == 1 or ops.shape_of(source) == shape or shape is None:
                 yield source
-
-    def _kept(self, region: Region) -> frozenset[str]:
-        """Nodes of a region's body that survive dropping it: the projection shortcut."""
-        kept: set[str] = set()
-        stack = [region.bypass] if region.bypass != region.entry else []
-        while stack:
-            name = stack.pop()
-            if name not in kept and name in region.body:
-                kept.add(name)
-                stack.extend(source.name for source in self._nodes[name].all_input_nodes)
-        return frozenset(kept)

@@ -52,9 +52,8 @@ class _Keeper(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.kept:
-            self.kept[n.name].append(
-                value.detach().clone()
-            )  # a later in-place operator may change the original
+            # a copy: a later in-place operator may change the original
+            self.kept[n.name].append(value.detach().clone())
         return value
 
 
@@ -95,15 +94,10 @@ class Activations:
         nodes = {node.name: node for node in gm.graph.nodes}
         self._rows = {name: rows_per_image(nodes[name], batch) for name in names}
         keeper = _Keeper(gm, names)
-        left = self.images
         with torch.no_grad():
-            for images in calibration.batches(batch_size):
-                taken = images if images.batch_size <= left else images.select(torch.arange(left))
-                inputs = taken.to(device)
+            for images in CalibrationSet(calibration.example(self.images)).batches(batch_size):
+                inputs = images.to(device)
                 keeper.run(*bind(gm, inputs.args, inputs.kwargs), enable_io_processing=False)
-                left -= taken.batch_size
-                if left == 0:
-                    break
         self._values = {name: torch.cat(parts) for name, parts in keeper.kept.items()}
 
     def first(self, name: str, stop: int, start: int = 0) -> Tensor:

@@ -16,21 +16,16 @@ from fxprune.passes import DropRegions
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
+from fxprune.scoring.scorer import SingleScorer
 
 __all__ = ["BareScorer"]
 
 
-class BareScorer:
+class BareScorer(SingleScorer):
     """Criteria that look at the bare cut: `l2` at the tap (as in eps-ResNet), `kl` of the outputs (CURL)."""
-
-    continues = False
-    workers = 1
 
     def __init__(self, original: Original, criterion: Criterion) -> None:
         self._original, self._criterion = original, criterion
-
-    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
-        """Nothing is shared."""
 
     @torch.no_grad()
     def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
@@ -46,28 +41,18 @@ class BareScorer:
             loss = self._divergence(student)
         return AdaptorFit({}, loss, loss)
 
-    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
-        """As `fit`."""
-        return self.fit(regions).loss
-
-    def release(self) -> None:
-        """Nothing is held."""
-
     def _divergence(self, student: fx.GraphModule) -> float:
         total = 0.0
         for batch in self._original.images.batches(64):
             inputs = batch.to(self._original.device)
             graphs = (self._original.graph, student)
             wanted, found = (_logits(graph(*inputs.args, **inputs.kwargs)) for graph in graphs)
-            divergence = F.kl_div(
-                F.log_softmax(found, -1), F.log_softmax(wanted, -1), log_target=True, reduction="none"
-            )
-            positions = divergence[0].numel() // divergence.shape[-1]  # of one image: 1 for a classifier
-            total += float(divergence.sum()) / positions
+            logs = (F.log_softmax(found, -1), F.log_softmax(wanted, -1))
+            positions = found[0].numel() // found.shape[-1]  # of one image: 1 for a classifier
+            total += float(F.kl_div(*logs, log_target=True, reduction="sum")) / positions
         return total / self._original.images.size
 
 
 def _logits(output: object) -> Tensor:
-
     tensor: Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     return tensor.float()

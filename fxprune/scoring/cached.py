@@ -1,10 +1,9 @@
 """The fast scorer: least squares first, then a short fit behind cached activations.
 
-What lies before the first adaptor is the same in the original and in every candidate. So the original runs once over
-the calibration images; a candidate begins at its *frontier*, the unchanged values that its changed part reads. Its PRE
-adaptors start from a closed-form solution, and a short fit of all its adaptors follows: in its first half it compares
-at the *waist*, the first value behind all changes that everything goes through, and only then at the tap. That half
-costs less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
+The original runs once over the calibration images; a candidate begins at its *frontier*, the unchanged values that its
+changed part reads. Its PRE adaptors start from a closed-form solution, and a short fit of all its adaptors follows. In
+its first half that compares at the *waist*, the first value behind all changes that everything goes through: it costs
+less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
 
 A set of regions whose parts were fitted before begins where those ended: at the sum of what their adaptors change.
 """
@@ -74,11 +73,8 @@ class CachedScorer:
                 "another tap, or use a recipe with scorer='end-to-end'",
                 nodes=loose,
             )
-        self._settings = settings
-        self._cache_bytes = cache_bytes
-        self._start_images = start_images
-        self._loss_images = loss_images
-        self._at_waist = at_waist
+        self._settings, self._cache_bytes = settings, cache_bytes
+        self._start_images, self._loss_images, self._at_waist = start_images, loss_images, at_waist
         self._index = OperatorIndex(self._gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
@@ -86,9 +82,11 @@ class CachedScorer:
         self._threads = torch.get_num_threads()
         # torch.fx numbers what it compiles by a global counter, and there is one cache
         self._building = threading.Lock()
-        self.workers = (
-            max(1, cache_bytes // 4 // self._bytes_per_fit()) if self._device.startswith("cpu") else 1
+        # every value of the network for a batch: what a backward pass reads, and then some
+        fit = (
+            bytes_per_image(self._gm, [n for n, node in flow.items() if shape_of(node)]) * settings.batch_size
         )
+        self.workers = max(1, cache_bytes // 4 // max(1, fit)) if self._device.startswith("cpu") else 1
         self.peak_bytes = 0
 
     @torch.no_grad()
@@ -121,11 +119,6 @@ class CachedScorer:
             work = self._part(regions)
             return work, self._activations((*work.values, *self._tap))
 
-    def _bytes_per_fit(self) -> int:
-        """Every value of the network for a batch: what a backward pass reads, and then some."""
-        values = [name for name, node in flow_nodes(self._gm).items() if shape_of(node)]
-        return max(1, bytes_per_image(self._gm, values) * self._settings.batch_size)
-
     def _mean_loss(self, work: ChangedPart, cache: Activations) -> float:
         return work.loss(cache, self._tap, min(self._loss_images, cache.images))
 
@@ -149,12 +142,9 @@ class CachedScorer:
             self._cache = None  # free the old one before the new one grows
             # on all threads, whichever of them asks first: rounding depends on their number
             with using_threads(self._threads):
+                wanted, images = list(dict.fromkeys(names)), self._original.images
                 self._cache = Activations(
-                    self._gm,
-                    list(dict.fromkeys(names)),
-                    self._original.images,
-                    device=self._device,
-                    budget=self._cache_bytes,
+                    self._gm, wanted, images, device=self._device, budget=self._cache_bytes
                 )
             self._held = frozenset(names)
             self.peak_bytes = max(self.peak_bytes, self._cache.bytes)
@@ -166,14 +156,11 @@ class CachedScorer:
         if start:
             work.candidate.begin_at(start)
         elif self._start_images:
-            self._solve(work, cache)
+            count = min(self._start_images, cache.images)
+            inputs = [cache.first(name, count) for name in work.frontier]
+            targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
+            start_pre_adaptors(work.to_waist, inputs, targets)
         self._descend(work, cache, replace(self._settings, iterations=int(share * self._settings.iterations)))
-
-    def _solve(self, work: ChangedPart, cache: Activations) -> None:
-        count = min(self._start_images, cache.images)
-        inputs = [cache.first(name, count) for name in work.frontier]
-        targets = {operator: cache.first(name, count) for operator, name in work.targets.items()}
-        start_pre_adaptors(work.to_waist, inputs, targets)
 
     def _descend(self, work: ChangedPart, cache: Activations, settings: FitSettings) -> None:
         parameters = adaptor_weights(work.part)

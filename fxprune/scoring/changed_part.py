@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import fx
 
 from fxprune.discovery.dominance import Dominance, flow_nodes
-from fxprune.graph.extract import between, descendants
+from fxprune.graph.extract import ancestors, between, descendants
 from fxprune.graph.regions import Side
 from fxprune.passes import FoldBatchNorm
 from fxprune.placement.dense import OperatorIndex
@@ -49,9 +49,13 @@ class ChangedPart:
         flow, batch = flow_nodes(gm), example_batch(gm)
         cacheable = {name for name, node in flow.items() if rows_per_image(node, batch) == 1}
         nodes = {node.name: node for node in candidate.graph.graph.nodes}
-        sources = [*candidate.adaptor_nodes(), *_below_cut(candidate)]
+        bypasses = [nodes[region.bypass] for region in candidate.regions if region.bypass in nodes]
+        below = [user.name for bypass in bypasses for user in bypass.users if user.op != "output"]
+        sources = [*candidate.adaptor_nodes(), *below]  # whoever reads another value than in the original
         changed = descendants(candidate.graph, sources)
-        self.frontier = _frontier(nodes, candidate.tap, changed, cacheable)
+        known = cacheable - changed
+        needed = ancestors(candidate.graph, candidate.tap, known)
+        self.frontier = [name for name in nodes if name in known and name in needed]
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
         if not waists:
             largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
@@ -62,9 +66,7 @@ class ChangedPart:
             self.to_waist = between(candidate.graph, self.frontier, [self.waist])
             FoldBatchNorm()(self.to_waist)
         FoldBatchNorm()(self.part)
-        gone = {n for r in candidate.regions for n in r.body if n not in nodes} - {
-            r.exit for r in candidate.regions
-        }
+        gone = {n for r in candidate.regions for n in r.body if n not in nodes and n != r.exit}
         reads = {s.operator: index[s.operator].data[0] for s in candidate.adaptors if s.side is Side.PRE}
         self.targets: Mapping[str, str] = {
             operator: name
@@ -78,35 +80,15 @@ class ChangedPart:
         waist = () if self.waist is None else (self.waist,)
         return (*self.frontier, *self.targets.values(), *waist)
 
-    def loss(self, cache: Activations, tap: Sequence[str], images: int, batch_size: int = 16) -> float:
+    def loss(self, cache: Activations, tap: Sequence[str], images: int) -> float:
         """Mean squared error at the tap over the first cached images, few at a time: others may be at work beside."""
         total = 0.0
-        for start in range(0, images, batch_size):
-            stop = min(start + batch_size, images)
+        for start in range(0, images, 16):
+            stop = min(start + 16, images)
             features = self.part(*(cache.first(name, stop, start) for name in self.frontier))
-            total += float(feature_loss(features, [cache.first(name, stop, start) for name in tap])) * (
-                stop - start
-            )
+            wanted = [cache.first(name, stop, start) for name in tap]
+            total += float(feature_loss(features, wanted)) * (stop - start)
         return total / images
-
-
-def _frontier(
-    nodes: Mapping[str, fx.Node], tap: Sequence[str], changed: set[str], cacheable: set[str]
-) -> list[str]:
-    """The first unchanged, cacheable values on every way back from the tap, in graph order."""
-    found: set[str] = set()
-    seen: set[str] = set()
-    stack = list(tap)
-    while stack:
-        name = stack.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name not in changed and name in cacheable:
-            found.add(name)
-        else:
-            stack.extend(source.name for source in nodes[name].all_input_nodes)
-    return [name for name in nodes if name in found]
 
 
 def _waist(
@@ -124,15 +106,3 @@ def _waist(
         if name in allowed and all(dominance.post_dominates(name, change) for change in changes):
             return name
     return None
-
-
-def _below_cut(candidate: Candidate) -> list[str]:
-    """Users of the bypasses that read another value than in the original, now that the regions are gone."""
-    names = {node.name: node for node in candidate.graph.graph.nodes}
-    return [
-        user.name
-        for region in candidate.regions
-        if region.bypass in names
-        for user in names[region.bypass].users
-        if user.op != "output"
-    ]

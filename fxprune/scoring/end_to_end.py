@@ -12,12 +12,13 @@ from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.features import FeatureReader, mean_feature_loss
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import fit_features
+from fxprune.scoring.scorer import SingleScorer
 
 __all__ = ["EndToEndScorer"]
 
 
-class EndToEndScorer:
-    """Trains every candidate forward and back through the whole network at every step.
+class EndToEndScorer(SingleScorer):
+    """Trains every candidate forward and back through the whole network at every step: the paper has no shortcut.
 
     Args:
         original: The network.
@@ -25,14 +26,8 @@ class EndToEndScorer:
         progress: Whether to draw a bar for each candidate.
     """
 
-    continues = False
-    workers = 1
-
     def __init__(self, original: Original, settings: FitSettings, *, progress: bool = False) -> None:
         self._original, self._settings, self._progress = original, settings, progress
-
-    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
-        """Nothing is shared."""
 
     def fit(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit:
         """Trains the adaptors of one set, from the identity in any case."""
@@ -49,10 +44,3 @@ class EndToEndScorer:
         with torch.no_grad():
             after = mean_feature_loss(teacher, student, one.images, device=one.device)
         return AdaptorFit(candidate.maps(), after, before)
-
-    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
-        """As `fit`: the paper has no shortcut."""
-        return self.fit(regions).loss
-
-    def release(self) -> None:
-        """Nothing is held."""

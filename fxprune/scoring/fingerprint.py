@@ -20,7 +20,6 @@ from fxprune.recovery.original import Original
 
 __all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "json_form"]
 
-
 _FEW = 4
 """Images whose features are part of a fingerprint."""
 

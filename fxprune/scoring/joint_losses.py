@@ -30,14 +30,11 @@ class JointLosses:
 
     def __call__(self, sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
         """Losses of some sets that contain `plan`, the regions taken so far in the order in which they were."""
+        starts: list[list[AdaptorFit]] = [[] for _ in sets]
         if self._scorer.continues:
             grown = [self._fit(plan)] if plan else []
             taken = {region.label for region in plan}
-            starts = [
-                [*grown, *(self._fits[r.label] for r in regions if r.label not in taken)] for regions in sets
-            ]
-        else:
-            starts = [[] for _ in sets]
+            starts = [[*grown, *(self._fits[r.label] for r in s if r.label not in taken)] for s in sets]
         work = [partial(self._scorer.estimate, *one) for one in zip(sets, starts, strict=True)]
         return side_by_side(work, self._scorer.workers)
 

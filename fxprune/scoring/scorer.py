@@ -12,7 +12,7 @@ from fxprune.processes.group import share_out, world_size
 from fxprune.processes.threads import side_by_side
 from fxprune.recovery.adaptors import AdaptorFit
 
-__all__ = ["Scorer", "fit_all"]
+__all__ = ["Scorer", "SingleScorer", "fit_all", "on_cpu"]
 
 
 class Scorer(Protocol):
@@ -39,6 +39,24 @@ class Scorer(Protocol):
         """Gives memory back; what a later call needs of it is computed anew."""
 
 
+class SingleScorer:
+    """A scorer that begins every set anew: it shares nothing among them and holds nothing."""
+
+    continues = False
+    workers = 1
+    fit: Callable[..., AdaptorFit]
+
+    def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
+        """Nothing is shared."""
+
+    def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
+        """As `fit`."""
+        return self.fit(regions).loss
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 def fit_all(
     scorer: Scorer, sets: Sequence[Sequence[Region]], starts: Sequence[Sequence[AdaptorFit]] | None = None
 ) -> list[AdaptorFit]:
@@ -60,10 +78,11 @@ def fit_all(
 
     def run(mine: Sequence[Callable[[], AdaptorFit]]) -> list[AdaptorFit]:
         fits = side_by_side(mine, scorer.workers)
-        return fits if world_size() == 1 else [_on_cpu(fit) for fit in fits]
+        return fits if world_size() == 1 else [on_cpu(fit) for fit in fits]
 
     return share_out(work, run)
 
 
-def _on_cpu(fit: AdaptorFit) -> AdaptorFit:
+def on_cpu(fit: AdaptorFit) -> AdaptorFit:
+    """The fit with its maps on the CPU."""
     return replace(fit, maps={site: weights.cpu() for site, weights in fit.maps.items()})

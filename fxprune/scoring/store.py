@@ -11,10 +11,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,11 @@ from fxprune.graph.regions import AdaptorSite, Region, Side
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.fingerprint import Fingerprint, bytes_of, json_form
 
-__all__ = ["ScoreStore", "content_of"]
+__all__ = ["ScoreStore", "content_of", "question_of"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _KEY = "key.json"
 _DIGITS = 16
@@ -69,19 +71,7 @@ class ScoreStore:
 
     def get(self, regions: Sequence[Region], start: Sequence[AdaptorFit] = ()) -> AdaptorFit | None:
         """The fit of a set that began at some others, maps on the CPU; None where there is none to be trusted."""
-        path = self._path(regions, start)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                note = json.loads((file.metadata() or {})["fxprune"])
-                maps = {_site(s): file.get_tensor(str(i)).clone() for i, s in enumerate(note["sites"])}
-            fit = AdaptorFit(maps, float(note["loss"]), float(note["loss_before"]))
-            trusted = self._trusts(path, note, content_of(regions), _checksum(fit))
-        except FileNotFoundError:
-            return None
-        except _UNREADABLE as error:
-            _distrust(path, f"it is damaged ({error})")
-            return None
-        return fit if trusted else None
+        return self._read(self._path(regions, start), content_of(regions), _parse_fit)
 
     def put(self, regions: Sequence[Region], fit: AdaptorFit, start: Sequence[AdaptorFit] = ()) -> None:
         """Keeps the fit of a set that began at some others; once this returns, a SIGKILL does not lose it.
@@ -102,31 +92,9 @@ class ScoreStore:
         data = safetensors.torch.save(tensors, {"fxprune": json.dumps(note)})
         self._write(self._path(regions, start), data)
 
-    def get_loss(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float | None:
-        """The estimate of a set's loss that began at some fits, None where there is none to be trusted."""
-        value = self.get_record("estimate", _question(regions, start))
-        return value if isinstance(value, float) else None
-
-    def put_loss(self, regions: Sequence[Region], start: Sequence[AdaptorFit], loss: float) -> None:
-        """Keeps an estimate.
-
-        Raises:
-            ArtifactError: It cannot be written.
-        """
-        self.put_record("estimate", _question(regions, start), loss)
-
     def get_record(self, kind: str, content: Any) -> Any:
         """What `put_record` kept of some content; None where it is not there or cannot be trusted."""
-        path = self._record(kind, content)
-        try:
-            note = json.loads(path.read_bytes())
-            trusted = self._trusts(path, note, _plain(content), _hash([note["value"]]))
-            return note["value"] if trusted else None
-        except FileNotFoundError:
-            return None
-        except _UNREADABLE as error:
-            _distrust(path, f"it is damaged ({error})")
-            return None
+        return self._read(self._record(kind, content), _plain(content), _parse_record)
 
     def put_record(self, kind: str, content: Any, value: Any) -> None:
         """Keeps anything that JSON can express.
@@ -139,7 +107,6 @@ class ScoreStore:
         Raises:
             ArtifactError: It cannot be written.
         """
-        value = _plain(value)
         note = {
             "fingerprint": self._digest,
             "content": content,
@@ -148,14 +115,22 @@ class ScoreStore:
         }
         self._write(self._record(kind, content), json.dumps(note, default=json_form).encode())
 
-    def _trusts(self, path: Path, note: Mapping[str, Any], content: Any, checksum: str) -> bool:
-        if note["fingerprint"] != self._digest or note["content"] != content:
-            _distrust(path, "it belongs to another run")
-        elif note["checksum"] != checksum:
-            _distrust(path, "it is damaged (wrong checksum)")
-        else:
-            return True
-        return False
+    def _read(self, path: Path, content: Any, parse: Callable[[Path], tuple[Any, str, T]]) -> T | None:
+        """What `parse` reads of a file after its note and its checksum; None where it cannot be trusted."""
+        try:
+            note, checksum, found = parse(path)
+            if note["fingerprint"] != self._digest or note["content"] != content:
+                why = "it belongs to another run"
+            elif note["checksum"] != checksum:
+                why = "it is damaged (wrong checksum)"
+            else:
+                return found
+        except FileNotFoundError:
+            return None
+        except _UNREADABLE as error:
+            why = f"it is damaged ({error})"
+        logger.warning("%s is left aside and computed again: %s", path, why)
+        return None
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
@@ -167,7 +142,7 @@ class ScoreStore:
             ) from error
 
     def _path(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> Path:
-        return self.folder / f"score-{_hash(_question(regions, start))}.safetensors"
+        return self.folder / f"score-{_hash(question_of(regions, start))}.safetensors"
 
     def _record(self, kind: str, content: Any) -> Path:
         return self.folder / f"{kind}-{_hash(content)}.json"
@@ -188,11 +163,22 @@ def _tell_what_changed(folder: Path, fingerprint: Fingerprint) -> None:
     )
 
 
-def _distrust(path: Path, why: str) -> None:
-    logger.warning("%s is left aside and computed again: %s", path, why)
+def _parse_fit(path: Path) -> tuple[Any, str, AdaptorFit]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        note = json.loads((file.metadata() or {})["fxprune"])
+        sites = [AdaptorSite(**{**site, "side": Side(site["side"])}) for site in note["sites"]]
+        maps = {site: file.get_tensor(str(i)).clone() for i, site in enumerate(sites)}
+    fit = AdaptorFit(maps, float(note["loss"]), float(note["loss_before"]))
+    return note, _checksum(fit), fit
 
 
-def _question(regions: Sequence[Region], start: Sequence[AdaptorFit]) -> list[Any]:
+def _parse_record(path: Path) -> tuple[Any, str, Any]:
+    note = json.loads(path.read_bytes())
+    return note, _hash([note["value"]]), note["value"]
+
+
+def question_of(regions: Sequence[Region], start: Sequence[AdaptorFit]) -> list[Any]:
+    """What a set that begins at some fits asks, as JSON can express it."""
     return [content_of(regions), [_checksum(fit) for fit in start]]
 
 
@@ -202,10 +188,6 @@ def _plain(value: Any) -> Any:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=json_form, sort_keys=True).encode()).hexdigest()
-
-
-def _site(fields: Mapping[str, Any]) -> AdaptorSite:
-    return AdaptorSite(**{**fields, "side": Side(fields["side"])})
 
 
 def _checksum(fit: AdaptorFit) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.scoring.scorer import Scorer
-from fxprune.scoring.store import ScoreStore, content_of
+from fxprune.scoring.scorer import Scorer, on_cpu
+from fxprune.scoring.store import ScoreStore, content_of, question_of
 
 __all__ = ["StoredScorer", "stored_latencies"]
 
@@ -29,26 +29,19 @@ class StoredScorer:
         store: Where finished fits are.
 
     Attributes:
+        continues: As of the scorer.
+        workers: As of the scorer.
         reused: Fits and estimates read from the store.
         computed: Those that had to be computed.
     """
 
     def __init__(self, scorer: Scorer, store: ScoreStore) -> None:
         self._scorer, self._store = scorer, store
+        self.continues, self.workers = scorer.continues, scorer.workers
         self._announced: list[list[Sequence[Region]]] = []
         self._lock = threading.Lock()
         self.reused = 0
         self.computed = 0
-
-    @property
-    def continues(self) -> bool:
-        """Whether the scorer makes use of a start."""
-        return self._scorer.continues
-
-    @property
-    def workers(self) -> int:
-        """How many the scorer may have under way at once."""
-        return self._scorer.workers
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come; the scorer hears of them once one of them has to be computed."""
@@ -69,7 +62,7 @@ class StoredScorer:
         self._announce()
         fit = self._scorer.fit(regions, start)
         self._store.put(regions, fit, start)
-        return replace(fit, maps={site: weights.cpu() for site, weights in fit.maps.items()})
+        return on_cpu(fit)
 
     def estimate(self, regions: Sequence[Region], start: Sequence[AdaptorFit]) -> float:
         """The scorer's estimate, kept apart from fits: which of the two is known must not change a plan.
@@ -77,13 +70,14 @@ class StoredScorer:
         Raises:
             ArtifactError: It was computed and cannot be written.
         """
-        stored = self._store.get_loss(regions, start)
-        if stored is not None:
+        question = question_of(regions, start)
+        loss: float | None = self._store.get_record("estimate", question)
+        if loss is None:
+            self._announce()
+            loss = self._scorer.estimate(regions, start)
+            self._store.put_record("estimate", question, loss)
+        else:
             self._count_reused()
-            return stored
-        self._announce()
-        loss = self._scorer.estimate(regions, start)
-        self._store.put_loss(regions, start, loss)
         return loss
 
     def release(self) -> None:
@@ -127,22 +121,19 @@ def stored_latencies(
     if store is None:
         return tuple(measure(sets))
     contents = [{"without": content_of(regions), **conditions} for regions in sets]
-    found = [_read(store, content) for content in contents]
-    missing = [i for i, one in enumerate(found) if one is None]
-    if missing:
-        measured = measure([sets[i] for i in missing])
-        for i, one in zip(missing, measured, strict=True):
-            store.put_record("latency", contents[i], asdict(one))
-            found[i] = one
-    return tuple(one for one in found if one is not None)
+    found = {i: _read(store, content) for i, content in enumerate(contents)}
+    missing = [i for i, one in found.items() if one is None]
+    measured = measure([sets[i] for i in missing]) if missing else ()
+    for i, one in zip(missing, measured, strict=True):
+        store.put_record("latency", contents[i], asdict(one))
+        found[i] = one
+    return tuple(one for one in found.values() if one is not None)
 
 
 def _read(store: ScoreStore, content: Mapping[str, Any]) -> LatencyComparison | None:
     fields = store.get_record("latency", content)
-    if fields is None:
-        return None
     try:
-        return LatencyComparison.from_dict(fields)
+        return None if fields is None else LatencyComparison.from_dict(fields)
     except (TypeError, KeyError, ValueError) as error:
         logger.warning("a latency that was kept cannot be read and is measured again: %s", error)
         return None

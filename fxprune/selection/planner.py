@@ -8,8 +8,7 @@ recovery loss with all its regions dropped, over the relative latency that they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from fxprune.errors import OptionError
@@ -44,14 +43,13 @@ def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison]]) 
         OptionError: The message lists the regions whose saving is lost in the noise.
     """
     most = len(largest_plan([region for region, saving in savings if saving.distinguishable]))
-    if k <= most:
-        return
-    slow = [region.label for region, saving in savings if not saving.distinguishable]
-    raise OptionError(
-        f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was seen "
-        f"for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on a machine "
-        "that does nothing else"
-    )
+    if k > most:
+        slow = [region.label for region, saving in savings if not saving.distinguishable]
+        raise OptionError(
+            f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was "
+            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on "
+            "a machine that does nothing else"
+        )
 
 
 class Planner:
@@ -62,19 +60,18 @@ class Planner:
         joint_loss: Recovery losses of some sets, and the plan that they all contain, in the order in which it grew;
             called for `greedy` and `exact` only.
         selection: How to choose.
+
+    Attributes:
+        scores: As given.
     """
 
     def __init__(self, scores: Sequence[BlockScore], joint_loss: JointLoss, selection: Selection) -> None:
+        self.scores = tuple(scores)
         self._scores = {score.region.label: score for score in scores}
         self._order = {label: i for i, label in enumerate(self._scores)}
         self._joint_loss = joint_loss
         self._selection = selection
         self._usable = [s.region for s in scores if math.isfinite(s.score)]
-
-    @property
-    def scores(self) -> Sequence[BlockScore]:
-        """One for each region."""
-        return tuple(self._scores.values())
 
     def saving(self, regions: Sequence[Region]) -> float:
         """Relative latency that the regions save, each measured alone and added up."""
@@ -104,8 +101,7 @@ class Planner:
         if self._selection == "exact":
             raise OptionError("selection='exact' has no path of growing plans; use 'greedy' or 'independent'")
         grow = self._independent if self._selection == "independent" else self._greedy
-        for plan in grow():
-            yield self._sorted(plan)
+        yield from map(self._sorted, grow())
 
     def _independent(self) -> Iterator[tuple[Region, ...]]:
         plan: tuple[Region, ...] = ()
@@ -123,14 +119,20 @@ class Planner:
         """
         plan: tuple[Region, ...] = ()
         loss = 0.0
+        fresh: set[str] = set()  # those scored again for the present plan
         added = {region.label: self._scores[region.label].recovery_loss for region in self._usable}
         left = list(self._usable)
+
+        def bound(region: Region) -> tuple[float, int]:
+            """The joint score with one more region, or a lower bound of it; graph order decides between equals."""
+            more = added[region.label] * (SHRUNK if plan and region.label not in fresh else 1.0)
+            return (loss + more) / self.saving((*plan, region)), self._order[region.label]
+
         while left:
             if len(plan) == 1:
                 # joint losses come from shorter fits than those of single regions: compare like with like
                 loss = float(self._joint_loss([plan], ())[0])
-            fresh: set[str] = set()
-            bound = partial(self._bound, plan, loss, added, fresh)
+            fresh.clear()
             best = min(left, key=bound)
             least = min(SCORED_AGAIN, len(left))
             while plan and (best.label not in fresh or len(fresh) < least):
@@ -144,18 +146,6 @@ class Planner:
             plan = (*plan, best)
             left = [region for region in left if not region.overlaps(best)]
             yield plan
-
-    def _bound(
-        self,
-        plan: tuple[Region, ...],
-        loss: float,
-        added: Mapping[str, float],
-        fresh: Collection[str],
-        region: Region,
-    ) -> tuple[float, int]:
-        """The joint score with one more region, or a lower bound of it; graph order decides between equals."""
-        more = added[region.label] * (SHRUNK if plan and region.label not in fresh else 1.0)
-        return (loss + more) / self.saving((*plan, region)), self._order[region.label]
 
     def _exact(self, k: int) -> tuple[Region, ...]:
         count = math.comb(len(self._usable), k)

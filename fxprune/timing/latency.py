@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
 from fxprune.export import serving
 from fxprune.export.onnx_file import export_onnx
-from fxprune.graph.collector import collector_paused
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
+from fxprune.timing.collector import collector_paused
 from fxprune.timing.rounds import Clock, Contestant, TimingSettings, race, ratios_by_round, warm_up
 from fxprune.tracing.evaluation import evaluation_copy
 

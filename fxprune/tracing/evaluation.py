@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
-from fxprune.tracing.unwrap import copy_memo
 
 __all__ = ["evaluation_copy", "to_evaluation"]
 
@@ -34,8 +34,12 @@ def evaluation_copy(model: Module) -> Module:
     Raises:
         TraceError: The model cannot be copied.
     """
+    # deepcopy refuses tensors with a history: activations that a forward kept, and weights that a hook of
+    # torch.nn.utils.prune computed; they are copied without it
+    kept = pytree.tree_leaves([vars(module) for module in model.modules()])
+    memo = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     try:
-        duplicate = copy.deepcopy(model, copy_memo(model))
+        duplicate = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), so it could not be kept unchanged"

@@ -7,10 +7,13 @@ same tensor. The code computes what it did before, and dominators mean what they
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from fxprune.graph import operators as ops
 from fxprune.graph import vocabulary
+from fxprune.graph.extract import reached
 
 __all__ = ["base_of", "show_mutation"]
 
@@ -31,19 +34,15 @@ def base_of(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, bool]:
     return node, whole
 
 
-def show_mutation(gm: fx.GraphModule) -> bool:
+def show_mutation(gm: fx.GraphModule) -> None:
     """Lets the later readers of a tensor that was changed in place read the operator that changed it.
 
     Changes through a view are left as they are; discovery refuses regions that they reach into.
 
     Args:
         gm: Rewired in place.
-
-    Returns:
-        Whether any edge changed.
     """
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    modified = False
     for node in list(gm.graph.nodes):
         if ops.mutated_input(gm, node) is None:
             continue
@@ -55,22 +54,11 @@ def show_mutation(gm: fx.GraphModule) -> bool:
             for user in list(alias.users):
                 if position[user] > position[node] and user not in same:
                     user.replace_input_with(alias, node)
-                    modified = True
-    if modified:
-        gm.recompile()
-    return modified
+    gm.recompile()
 
 
-def _same_tensor(gm: fx.GraphModule, base: fx.Node, until: fx.Node) -> set[fx.Node]:
+def _same_tensor(gm: fx.GraphModule, base: fx.Node, until: fx.Node) -> Collection[fx.Node]:
     """`base` and the nodes that return that very tensor, up to an operator and without it."""
-    found = {base}
-    stack = [base]
-    while stack:
-        for user in stack.pop().users:
-            if user is until or user in found:
-                continue
-            root, whole = base_of(gm, user)
-            if whole and root is base:
-                found.add(user)
-                stack.append(user)
-    return found
+    return reached(
+        [base], lambda node: [u for u in node.users if u is not until and base_of(gm, u) == (base, True)]
+    )

@@ -6,6 +6,7 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,47 +29,37 @@ FrontEnd = Literal["auto", "fx", "export"]
 TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
-def _timm_functions() -> tuple[Callable[..., Any], ...]:
+def _untraceable() -> tuple[tuple[Callable[..., Any], ...], tuple[type[nn.Module], ...]]:
+    """The functions and the types of modules that timm registers as untraceable, where it is installed."""
     try:
-        from timm.layers import get_notrace_functions
+        from timm.layers import get_notrace_functions, get_notrace_modules
     except ImportError:
-        return ()
-    return tuple(get_notrace_functions())
-
-
-def _timm_leaves(*, primitive: bool) -> Callable[[nn.Module], bool]:
-    """Which modules timm registers as untraceable; with `primitive` those that hold no weighted part.
-
-    timm registers whole blocks too, which trace well where the input's size is not asked for.
-    """
-    try:
-        from timm.layers import get_notrace_modules
-    except ImportError:
-        return lambda module: False
-    kinds = tuple(get_notrace_modules())
-
-    def is_leaf(module: nn.Module) -> bool:
-        composed = any(next(child.parameters(), None) is not None for child in module.children())
-        return isinstance(module, kinds) and not (primitive and composed)
-
-    return is_leaf
+        return (), ()
+    return tuple(get_notrace_functions()), tuple(get_notrace_modules())
 
 
 class _Tracer(fx.Tracer):
-    """Keeps as leaves what torch does, and some of what timm registers as untraceable when it is installed."""
+    """Keeps as leaves what torch does, and some of what timm registers as untraceable.
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool] = lambda module: False) -> None:
-        # unpickling a traced module makes a tracer without arguments
-        super().__init__(autowrap_functions=_timm_functions())
-        self._is_leaf = is_leaf
+    Args:
+        blocks: Whether to keep whole blocks too, with weighted parts inside, which trace well where the input's size is
+            not asked for.
+    """
+
+    def __init__(
+        self, *, blocks: bool = False
+    ) -> None:  # unpickling a traced module makes one without arguments
+        functions, self._kinds = _untraceable()
+        super().__init__(autowrap_functions=functions)
+        self._blocks = blocks
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of a module stay calls."""
-        return (
-            self._is_leaf(m)
-            or isinstance(m, FrozenBatchNorm2d)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        if isinstance(m, (FrozenBatchNorm2d, *self._kinds)):
+            composed = any(next(child.parameters(), None) is not None for child in m.children())
+            if self._blocks or not composed:
+                return True
+        return super().is_leaf_module(m, module_qualified_name)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -85,19 +76,15 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _user_statement(tb: TracebackType | None) -> str:
     """The innermost statement outside torch, as `file:line: source`."""
     for frame in reversed(traceback.extract_tb(tb)):
-        if (
-            not frame.filename.startswith(TORCH_ROOT)
-            and "<" not in frame.filename
-            and frame.filename != __file__
-        ):
+        if not frame.filename.startswith((TORCH_ROOT, __file__)) and "<" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return "a statement that torch does not name"
 
 
 def _symbolic(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[nn.Module], bool]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, blocks: bool
 ) -> fx.GraphModule:
-    graph = _Tracer(is_leaf).trace(model, _unused_defaults(model, args, kwargs))
+    graph = _Tracer(blocks=blocks).trace(model, _unused_defaults(model, args, kwargs))
     for node in graph.find_nodes(op="placeholder"):
         if str(node.target).startswith("*") and node.users:
             raise TraceError(
@@ -110,24 +97,9 @@ def _unused_defaults(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Optional arguments that the examples leave out keep their defaults instead of becoming inputs."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    left = [
-        p
-        for i, p in enumerate(parameters)
-        if i >= len(args) and p.name not in kwargs and p.default is not inspect.Parameter.empty
-    ]
-    return {p.name: p.default for p in left} if (args or kwargs) and left else None
-
-
-def _from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    module = program.module()
-    if not isinstance(module, fx.GraphModule):
-        raise TraceError(f"the exported program yields a {type(module).__name__}, not a GraphModule")
-    for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            module.graph.erase_node(node)
-    module.recompile()
-    return module
+    rest = list(inspect.signature(model.forward).parameters.values())[len(args) :]
+    left = {p.name: p.default for p in rest if p.name not in kwargs and p.default is not p.empty}
+    return (left or None) if args or kwargs else None
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -144,7 +116,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         program = torch.export.export(model, doubled_args, doubled_kwargs, dynamic_shapes=shapes)
     except Exception:  # a network that fixes its batch size still traces, with that size
         program = torch.export.export(model, args, kwargs)
-    gm = _from_program(program)
+    gm = program.module(check_guards=False)
     # where the code branches on the batch size, the constraint tells up to where; infinity is no such bound
     most = max((int(r.upper) for r in program.range_constraints.values() if r.upper < 1024), default=0)
     _check_free_batch(model, gm, most, doubled_args, doubled_kwargs)
@@ -156,9 +128,8 @@ def _run(network: nn.Module, inputs: Any) -> list[Any]:
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
     values = pytree.tree_leaves(network(*args, **kwargs))
     for value in values:
-        if is_dataclass(value) and any(
-            isinstance(getattr(value, f.name), torch.Tensor) for f in fields(value)
-        ):
+        parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
+        if any(isinstance(part, torch.Tensor) for part in parts):
             name = type(value).__name__
             raise TraceError(
                 f"the network returns a {name}, a dataclass that torch does not look into: call "
@@ -186,15 +157,13 @@ def _check_free_batch(model: nn.Module, gm: fx.GraphModule, most: int, *inputs: 
         wanted = _run(model, longer)
     except Exception:  # the module fixes its batch size itself
         return
-    try:
-        free = _agree(wanted, _run(gm, longer))
-    except Exception:
-        free = False
-    if not free:
-        raise TraceError(
-            "the graph is right for some batch sizes only: a forward that branches on the batch size, or makes a "
-            "number of it, cannot be compressed; let it work on any"
-        )
+    with suppress(Exception):
+        if _agree(wanted, _run(gm, longer)):
+            return
+    raise TraceError(
+        "the graph is right for some batch sizes only: a forward that branches on the batch size, or makes a number of "
+        "it, cannot be compressed; let it work on any"
+    )
 
 
 @torch.no_grad()
@@ -236,7 +205,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     lines = [f"{type(model).__name__} cannot be traced:"]
     for front_end, error in failures.items():
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         lines.append(f"  torch.{front_end}: {reason}\n    at {_user_statement(error.__traceback__)}")
     lines.append(
         "Rewrite that statement without control flow on tensor values, mark the function with torch.fx.wrap, or "
@@ -277,7 +246,7 @@ def trace(
     model = unwrapped(model)
     args, kwargs = split_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
-        return _finish(copy.deepcopy(_from_program(model)), args, kwargs)
+        return _finish(copy.deepcopy(model.module(check_guards=False)), args, kwargs)
     if isinstance(model, fx.GraphModule) and front_end != "export":
         return _finish(copy.deepcopy(model), args, kwargs)
     return _capture(model, args, kwargs, front_end)
@@ -303,8 +272,8 @@ def _capture(
         part._modules.update({name: inner(child) for name, child in part._modules.items()})
     failures: dict[str, BaseException] = {}
     routes: list[tuple[str, Callable[[], fx.GraphModule]]] = [
-        ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=True))),
-        ("fx", lambda: _symbolic(private, args, kwargs, _timm_leaves(primitive=False))),
+        ("fx", lambda: _symbolic(private, args, kwargs, blocks=False)),
+        ("fx", lambda: _symbolic(private, args, kwargs, blocks=True)),
         ("export", lambda: _exported(private, args, kwargs)),
     ]
     for name, route in routes:

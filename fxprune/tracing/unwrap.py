@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 
-__all__ = ["copy_memo", "inner", "unwrapped"]
+__all__ = ["inner", "unwrapped"]
 
 
 def inner(module: Any) -> Any:
@@ -39,22 +38,10 @@ def unwrapped(model: Any) -> Any:
             "the network is TorchScript, which torch.fx cannot read: give the module it was made from"
         )
     if isinstance(network, nn.Module):
-        lazy = [name for name, tensor in _tensors(network) if is_lazy(tensor)]
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+        lazy = [name for name, tensor in tensors if is_lazy(tensor)]
         if lazy:
             raise TraceError(
                 f"{lazy[0]} has no shape yet, as that of a lazy module: run the network once first"
             )
     return network
-
-
-def _tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*network.named_parameters(), *network.named_buffers()]
-
-
-def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo that lets `copy.deepcopy` copy tensors with a history without it, where it would refuse them.
-
-    They are activations that a forward kept, and weights that a hook of `torch.nn.utils.prune` computed.
-    """
-    kept = pytree.tree_leaves([vars(module) for module in model.modules()])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
