@@ -233,7 +233,7 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as reports hold it; functions by their names."""
-        return {name: getattr(self, name) for name in names()} | {
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "recipe": asdict(self.recipe),
             "ignore": [_name_of(pattern) for pattern in self.ignore],
             "input_fn": None if self.input_fn is None else _name_of(self.input_fn),
@@ -274,11 +274,6 @@ def takes(settings: type) -> Callable[[Function], Function]:
         return cast("Function", checked)
 
     return decorate
-
-
-def names() -> tuple[str, ...]:
-    """Names of all options."""
-    return tuple(one.name for one in fields(Options))
 
 
 def _name_of(value: object) -> str:

@@ -39,16 +39,17 @@ __all__ = ["MODULES", "main"]
 MODULES: dict[str, tuple[str, ...]] = {
     "placement/algebra": ("test_algebra",),
     "placement/placement": ("test_streams", "test_placement", "test_dense"),
-    "discovery/discovery": ("test_chains", "test_motifs", "test_bypass", "test_labels"),
+    "discovery/discovery": ("test_chains", "test_motifs", "test_hooked_reference", "test_labels"),
     "selection/planner": ("test_planning", "test_joint"),
     "scoring/store": ("test_store",),
     "passes/base": ("test_passes",),
     "passes/canonicalize": ("test_dead_nodes", "test_passes"),
-    "passes/drop_regions": ("test_passes", "test_bypass", "test_draft"),
+    "passes/drop_regions": ("test_passes", "test_hooked_reference", "test_draft"),
     "passes/fold_adaptors": ("test_passes", "test_parts"),
     "passes/fold_batchnorm": ("test_passes",),
     "passes/insert_adaptors": ("test_passes", "test_dense"),
     "passes/propagate_shapes": ("test_passes",),
+    "passes/sequential": ("test_passes",),
     "passes/store_weights": ("test_passes", "test_motifs"),
 }
 LIBRARIES = (
