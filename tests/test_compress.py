@@ -285,7 +285,9 @@ def test_the_folder_holds_the_report(tmp_path: Path) -> None:
     small = compress(out=tmp_path / "made" / "here")
     written = json.loads((tmp_path / "made" / "here" / "report.json").read_text())
     assert written["plan"]["chosen"] == list(fxprune.report(small).plan.chosen)
-    assert {path.name for path in (tmp_path / "made" / "here").iterdir()} == {"report.json", "scores"}
+    assert {path.name for path in (tmp_path / "made" / "here").iterdir()} == {
+        *("report.json", "model.pt2", "model.safetensors", "scores")
+    }
 
 
 @pytest.mark.usefixtures("counted")

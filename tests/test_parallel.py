@@ -272,13 +272,13 @@ def finished(folder: Path) -> int:
 def test_a_process_that_fails_tells_the_others_why_and_loses_no_score(together: Path) -> None:
     label = tiny().regions[5].label  # the last of rank 1's three
     errors = [(together / f"error-{number}.txt").read_text() for number in (0, 1)]
-    told = f"work failed elsewhere, so rank 0 ends too: rank 1: the loss of {label} is nan"
+    told = f"scoring failed elsewhere, so rank 0 ends too: rank 1: the loss of {label} is nan"
     assert errors == [f"DistributedError: {told}", f"CalibrationError: the loss of {label} is nan"]
     assert finished(together / "failed") == 5
 
 
 def test_a_process_that_dies_ends_the_others_and_loses_no_score(together: Path) -> None:
-    told = "DistributedError: process 0 of 2 lost the others while gathering results: one of them ended"
+    told = "DistributedError: process 0 of 2 lost the others while gathering scores: one of them ended"
     assert told in (together / "output-0.txt").read_text()
     assert finished(together / "died") == 4
     network = tiny()

@@ -341,7 +341,7 @@ def compared(before: list[float], candidates: list[list[float]]) -> tuple[Latenc
     clocks = [iter(times) for times in (before, *candidates)]
     rounds = TimingSettings(min_rounds=len(before), max_rounds=len(before), resamples=20)
     contestants = [Contestant(str(i), partial(next, clock)) for i, clock in enumerate(clocks)]
-    intervals = race(contestants, lambda call, _: call(), rounds, None)
+    intervals = race(contestants, lambda call, _: call(), rounds)
     first, *others = (Latency("torch", "", (), 1, median(c.samples), 0.0, 0.0, 5) for c in contestants)
     return tuple(
         LatencyComparison(first, after, median(ratios), interval)
