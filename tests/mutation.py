@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "scoring/store": ("test_store",),
     "passes/base": ("test_passes",),
     "passes/canonicalize": ("test_dead_nodes", "test_passes"),
-    "passes/drop_regions": ("test_passes", "test_hooked_reference", "test_draft"),
+    "passes/drop_regions": ("test_dropping", "test_passes", "test_hooked_reference", "test_draft"),
     "passes/fold_adaptors": ("test_passes", "test_parts"),
     "passes/fold_batchnorm": ("test_passes",),
     "passes/insert_adaptors": ("test_passes", "test_dense"),
