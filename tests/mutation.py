@@ -75,6 +75,8 @@ LIBRARIES = (
 )
 # `is` and `==` agree on enumerations, None and nodes, which are all that the package compares so.
 SAME = {frozenset(pair) for pair in (("Is", "Eq"), ("IsNot", "NotEq"))}
+# What is compared by identity has no order: such a defect is either nonsense that any test sees, or the same.
+UNORDERED = {frozenset((same, order)) for same in ("Is", "IsNot") for order in ("Lt", "LtE", "Gt", "GtE")}
 LONGEST = 2.0
 """A mutant may take so many times as long as the tests without one, and 10 seconds besides."""
 
@@ -200,7 +202,7 @@ def _mutants(source: str) -> Iterator[Mutant]:
     provider = OperatorProvider()
     seen = {_meaning(source)}
     for name in provider:
-        if provider[name].arguments() or frozenset(name.split("_")[1:]) in SAME:
+        if provider[name].arguments() or frozenset(name.split("_")[1:]) in SAME | UNORDERED:
             continue
         operator = provider[name]()
         places = [place for node in ast_nodes(get_ast(source)) for place in operator.mutation_positions(node)]

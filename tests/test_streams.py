@@ -158,3 +158,11 @@ def test_attention_between_two_streams_takes_no_adaptor_in_front() -> None:
     gm = fxprune.trace(Crossed().eval(), torch.zeros(2, 5, 6))
     (region,) = (r for r in fxprune.discover(gm).regions if r.modules == ("block",))
     assert [(s.operator, s.side.value) for s in find_sites(gm, [region]).sites] == [("stem", "post")]
+
+
+def test_a_narrower_producer_behind_a_repetition_gets_no_adaptor() -> None:
+    def widened(net: Around, x: Tensor) -> Tensor:
+        return net.stem(x).repeat(1, 2, 1, 1)
+
+    post, _, _ = sites(widened, inputs=3, stem=conv(3, WIDTH // 2))
+    assert post == {}
