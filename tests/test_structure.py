@@ -8,8 +8,9 @@ from pathlib import Path
 import networkx
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "fxprune"
+import fxprune
+
+PACKAGE = Path(fxprune.__file__).parent
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "passes").glob("*.py")})  # rglob follows no links
 ROOMS = sorted({path.parent for path in FILES} - {PACKAGE})
 MOST_LINES_IN_A_ROOM = 1350
@@ -17,7 +18,7 @@ MOST_LINES_IN_A_FILE = 350
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {name_of(path): path for path in FILES}
