@@ -173,11 +173,9 @@ def test_the_version_stands_in_one_place(capsys) -> None:
     assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
     root = Path(__file__).parent.parent
     assert 'attr = "fxprune._version.__version__"' in (root / "pyproject.toml").read_text()
-    quoted = [
-        path.name
-        for path in root.rglob("*.*")
-        if path.suffix in (".py", ".toml", ".cfg") and f'"{fxprune.__version__}"' in path.read_text()
-    ]
+    package = sorted(Path(fxprune.__file__).parent.rglob("*.py"))
+    files = [*package, root / "pyproject.toml", root / "setup.cfg"]
+    quoted = [path.name for path in files if f'"{fxprune.__version__}"' in path.read_text()]
     assert quoted == ["_version.py"]
 
 

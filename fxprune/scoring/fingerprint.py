@@ -98,9 +98,14 @@ def fingerprint_of(original: Original, settings: Mapping[str, Any]) -> Fingerpri
 
 @torch.no_grad()
 def _hash_features(original: Original) -> str:
-    reader = FeatureReader(original.graph, original.tap)
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        reader = FeatureReader(original.graph, original.tap)
         features = reader(original.images.example(_FEW).to(original.device))
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
     digest = hashlib.sha256()
     for one in features:
         digest.update(bytes_of(one))
