@@ -48,9 +48,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "passes/fold_adaptors": ("test_passes", "test_parts"),
     "passes/fold_batchnorm": ("test_passes",),
     "passes/insert_adaptors": ("test_passes", "test_dense"),
-    "passes/propagate_shapes": ("test_passes",),
+    "passes/propagate_shapes": (
+        "test_dropping",
+        "test_passes",
+    ),
     "passes/sequential": ("test_passes",),
-    "passes/store_weights": ("test_passes", "test_motifs"),
+    "passes/store_weights": ("test_dropping", "test_passes", "test_motifs"),
 }
 LIBRARIES = (
     *(

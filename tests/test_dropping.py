@@ -1,14 +1,15 @@
-"""What a cut leaves behind: no weights that nobody reads, no clones that nobody needs."""
+"""What rewritings leave behind: no weights that nobody reads, no clones that nobody needs, nothing that is read."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.graph.regions import Region
-from fxprune.passes import DropRegions
+from fxprune.passes import DropRegions, PropagateShapes, StoreWeights
 from tests.tiny import images, tiny
 
 
@@ -70,3 +71,31 @@ def test_what_is_changed_through_a_view_is_a_clone(view: str) -> None:
     DropRegions([cut])(gm)
     entered = network.stem(images(2))
     torch.testing.assert_close(gm(images(2)), 2 * entered + entered)
+
+
+class Reads(nn.Module):
+    """A weight that is computed with on the way to another convolution, and that a module of its own may hold too."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.conv, self.called = nn.Conv2d(3, 3, 1), called
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.conv.weight * 2.0)
+        return self.conv(y) if self.called else y
+
+
+@pytest.mark.parametrize("called", [False, True])
+@torch.no_grad()
+def test_a_weight_goes_once_nothing_reads_or_calls_it(called: bool) -> None:
+    gm = fxprune.trace(Reads(called).eval(), (images(2),))
+    wanted = gm(images(2))
+    assert StoreWeights()(gm).modified
+    torch.testing.assert_close(gm(images(2)), wanted)
+    assert ("conv.weight" in dict(gm.named_parameters())) == called
+
+
+def test_noting_shapes_changes_no_graph() -> None:
+    gm = fxprune.trace(tiny(), (images(2),))
+    assert not PropagateShapes(images(3))(gm).modified
+    assert next(iter(gm.graph.nodes)).meta["tensor_meta"].shape[0] == 3
