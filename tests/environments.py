@@ -138,6 +138,8 @@ def _installed(folder: Path, python: Path, *options: str, extras: str = "") -> P
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(tree)], check=True)
     (wheel,) = wheels.iterdir()
+    # in an environment that is kept, pip would take an older build of the same version for this one
+    subprocess.run([*pip, "uninstall", "--yes", "fxprune"], check=True)
     subprocess.run([*pip, "install", *options, f"{wheel}{extras}"], check=True)
     for name in ("fxprune", "passes", "build", "fxprune.egg-info"):
         shutil.rmtree(tree / name)
