@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.errors import GraphError
 from fxprune.graph.regions import Side
 from fxprune.placement.placement import find_sites
 
@@ -166,3 +169,13 @@ def test_a_narrower_producer_behind_a_repetition_gets_no_adaptor() -> None:
 
     post, _, _ = sites(widened, inputs=3, stem=conv(3, WIDTH // 2))
     assert post == {}
+
+
+def test_regions_of_another_graph_are_named_by_five_of_their_nodes() -> None:
+    gm = fxprune.trace(Around(lambda net, x: x, lambda net, x: x).eval(), torch.zeros(2, WIDTH, 8, 8))
+    (region,) = fxprune.discover(gm).regions
+    other = replace(region, body=tuple("abcdefg"))
+    with pytest.raises(
+        GraphError, match=r"regions name \['a', 'b', 'c', 'd', 'e'\], which this graph does not hold"
+    ):
+        find_sites(gm, [other])
