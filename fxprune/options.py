@@ -270,7 +270,7 @@ def takes(settings: type) -> Callable[[Function], Function]:
                 raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}; {hint}")
             return function(*args, **keywords)
 
-        checked.__signature__ = plain.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        checked.__signature__ = plain.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # read by inspect
         return cast("Function", checked)
 
     return decorate

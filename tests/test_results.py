@@ -262,3 +262,15 @@ def test_the_library_joins_no_process_group() -> None:
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_an_error_and_costs_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise ArtifactError("the disk is full")
+
+    monkeypatch.setattr(closing, "write_text_atomic", full)
+    with pytest.raises(ArtifactError, match="disk is full"):
+        fxprune.sweep(tiny(), images(), recipe=brief(), progress=False, latency_batch=2, out=tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["files"] == {}

@@ -48,7 +48,7 @@ class ConvNorm(nn.Module):
         """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         if self.pads is not None:
             x = functional.pad(x, self.pads)
-        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]  # torch leaves calls untyped
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
         """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         out = x if self.expand is None else functional.relu6(self.expand(x))
         out = self.project(functional.relu6(self.depthwise(out)))
-        return x + out if self.residual else out  # type: ignore[no-any-return]
+        return x + out if self.residual else out  # type: ignore[no-any-return]  # torch leaves calls untyped
 
 
 class EfficientNetLite0(nn.Module):
@@ -100,4 +100,4 @@ class EfficientNetLite0(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[N, 3, 224, 224]` to logits `[N, 1000]`."""
         x = functional.relu6(self.head(self.blocks(functional.relu6(self.stem(x)))))
-        return self.fc(self.pool(x).flatten(1))  # type: ignore[no-any-return]
+        return self.fc(self.pool(x).flatten(1))  # type: ignore[no-any-return]  # torch leaves calls untyped

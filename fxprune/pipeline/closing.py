@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
-from fxprune.errors import ExportError, OptionError
+from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.files import write_text_atomic
@@ -98,6 +98,8 @@ def close_sweep(
         files=results.hashes(),
     )
     results.end(report.to_json())
+    if results.failures:
+        raise ArtifactError("; ".join(results.failures))
     return report
 
 

@@ -1,8 +1,7 @@
 """The files of one run: all of one run or none, whatever ends it.
 
-The old ones go before the first new one comes, their report first. A network is written as soon as there is one, so
-that nothing that fails later loses it. The report comes last and holds the SHA-256 of every file beside it: a folder
-with a report is whole.
+The old ones go before the first new one comes, their report first; a network is written as soon as there is one; the
+report comes last and holds the SHA-256 of every file beside it: a folder with a report is whole.
 """
 
 from __future__ import annotations
