@@ -249,6 +249,27 @@ def test_exported_graphs_have_the_same_sites(kind: str) -> None:
     assert found[0] == found[1]
 
 
+def test_an_entry_of_unknown_shape_gets_no_adaptors() -> None:
+    gm = resnet()
+    region = next(region for region in fxprune.discover(gm).regions if region.label == "stages.0.1")
+    (bypass,) = (node for node in gm.graph.nodes if node.name == region.bypass)
+    known = bypass.meta.pop("tensor_meta")
+    assert find_sites(gm, [region]).sites == ()
+    bypass.meta["tensor_meta"] = known._replace(shape=known.shape[:1])
+    assert find_sites(gm, [region]).sites == ()
+
+
+def test_values_of_unknown_shape_on_the_way_are_walked_through() -> None:
+    gm = resnet()
+    region = next(region for region in fxprune.discover(gm).regions if region.label == "stages.0.1")
+    expected = find_sites(gm, [region])
+    assert len(expected.sites) == 5
+    for node in gm.graph.nodes:
+        if node.name != region.bypass:
+            node.meta.pop("tensor_meta")
+    assert find_sites(gm, [region]) == expected
+
+
 def test_no_regions_no_sites_and_strange_regions_are_refused() -> None:
     gm = resnet()
     assert find_sites(gm, []).sites == ()
