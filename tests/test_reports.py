@@ -10,6 +10,7 @@ import pytest
 
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
 from fxprune.options import RECIPES
+from fxprune.recovery.fidelity import Fidelities, Fidelity
 from fxprune.reports.compression import CompressionReport, plain
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
@@ -40,13 +41,10 @@ def report() -> CompressionReport:
         plan=DropPlan(SCORES, (SCORES[0].region,), 0.5),
         latency=comparison(0.010, 0.008),
         rejections=(Rejection("x", "cat", Reason.CONCATENATION, ("cat",), "joins 2 tensors", "stem"),),
-        recovery_loss_before=0.5,
-        recovery_loss_after=0.125,
+        fidelity_before=Fidelities(Fidelity(50, 0.9, 0.5), Fidelity(12, 0.75, 0.625)),
+        fidelity_after=Fidelities(Fidelity(50, 0.96, 0.125), Fidelity(12, 0.875, 0.25)),
         fold_error=2e-7,
         parameters=(1000, 800),
-        images=50,
-        agreement=0.96,
-        held_back_agreement=None,
         peak_memory_bytes=2**30,
         settings={"recipe": RECIPES["fast"], "kinds": (Kind.IDENTITY,), "worst": math.inf, "tap": ["add"]},
         seed=3,
@@ -68,7 +66,10 @@ def test_json_holds_no_number_that_is_none(report: CompressionReport) -> None:
     assert data["plan"]["chosen"] == ["layer1.0"]
     assert data["latency"]["saved_s"] == pytest.approx(0.002)
     assert data["rejections"][0]["reason"] == "CONCATENATION"
-    assert data["held_back_agreement"] is None
+    assert data["fidelity_before"]["held_back"] == {"images": 12, "agreement": 0.75, "feature_error": 0.625}
+    assert data["fidelity_after"]["fitted"] == {"images": 50, "agreement": 0.96, "feature_error": 0.125}
+    assert (data["images"], data["agreement"], data["held_back_agreement"]) == (50, 0.96, 0.875)
+    assert (data["recovery_loss_before"], data["recovery_loss_after"]) == (0.5, 0.125)
     assert data["parameters"] == [1000, 800]
 
 
@@ -81,9 +82,12 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
     assert kept.split() == ["layer1.1", "identity", "0.25", "0.000", "lost", "in", "noise", "-"]
     assert "latency 10.000 -> 8.000 ms, ratio 0.800 [0.799, 0.801] (torch, counted, batch 8" in text
     assert "parameters 1,000 -> 800 (-20.0 %)" in lines
-    assert "feature error 0.5 after the cut, 0.125 at the end" in lines
+    assert "fitted images (50): feature error 0.5 after the cut, 0.125 at the end" in lines
+    assert "held-back images (12): feature error 0.625 after the cut, 0.25 at the end" in lines
     assert "folding the adaptors changed the features by 2.0e-07 of their largest value" in lines
-    assert "same top-1 class as the original on 96.0 % of 50 calibration images" in lines
+    same = "same top-1 class as the original on"
+    assert f"fitted images (50): {same} 90.0 % after the cut, 96.0 % at the end" in lines
+    assert f"held-back images (12): {same} 75.0 % after the cut, 87.5 % at the end" in lines
     assert "peak memory 1024 MiB" in lines
     assert "refused candidates: 1" in lines
     assert "took scoring 1.2 s, recovery 2.5 s" in lines
@@ -91,9 +95,13 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
 
 
 def test_what_was_not_measured_is_said_and_not_invented(report: CompressionReport) -> None:
-    bare = replace(report, fold_error=None, agreement=None, peak_memory_bytes=None)
+    alone = Fidelities(Fidelity(50, None, 0.5), None)
+    bare = replace(
+        report, fold_error=None, fidelity_before=alone, fidelity_after=alone, peak_memory_bytes=None
+    )
     text = str(bare)
-    for absent in ("folding", "top-1", "peak memory"):
+    assert bare.agreement is None and bare.held_back_agreement is None
+    for absent in ("folding", "top-1", "held-back", "peak memory"):
         assert absent not in text
 
 

@@ -86,7 +86,7 @@ def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(tmp_path, 1, onnx=True)
-    monkeypatch.setattr(closing, "agreement", lambda *_: 0.5)
+    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: 0.5)
     with pytest.raises(OptionError, match=r"min_agreement is 1.0, but .* holds that network"):
         compress(tmp_path, 3, min_agreement=1.0)
     report = report_of(tmp_path)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
-from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
@@ -23,6 +22,7 @@ from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.results import Results
 from fxprune.pipeline.stages import worst_fold_error
 from fxprune.processes.group import is_main, on_main, same_everywhere
+from fxprune.recovery.fidelity import overfitted
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.plots import front_svg
@@ -30,7 +30,9 @@ from fxprune.reports.sweep import SweepPoint, SweepReport
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
 
-__all__ = ["EXAMPLE", "REPORT", "agreement", "close", "close_sweep"]
+__all__ = ["EXAMPLE", "REPORT", "close", "close_sweep"]
+
+logger = logging.getLogger(__name__)
 
 REPORT = "fxprune_report"
 """Key of the report in a compressed graph's `meta`."""
@@ -108,44 +110,28 @@ def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callabl
 
 
 def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison) -> CompressionReport:
-    fold_error, small = recovered.fold_error, recovered.graph
+    fold_error, doubt = recovered.fold_error, overfitted(recovered.after)
+    if doubt is not None:
+        logger.warning("%s", doubt)
     return CompressionReport(
         plan=plan,
         latency=latency,
         rejections=job.discovery.rejections,
-        recovery_loss_before=recovered.loss_before,
-        recovery_loss_after=recovered.loss_after,
+        fidelity_before=recovered.before,
+        fidelity_after=recovered.after,
         fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
-        parameters=(_count(job.original.graph), _count(small)),
-        images=job.original.images.size,
-        agreement=agreement(job, small, job.original.images),
-        held_back_agreement=None if job.held_back is None else agreement(job, small, job.held_back),
+        parameters=(_count(job.original.graph), _count(recovered.graph)),
         peak_memory_bytes=peak_memory(job.original.device),
         settings=job.settings(),
         seed=job.options.seed,
         durations=job.stage.seconds,
         versions=versions(job.original.device),
-        notes=recovered.notes,
+        notes=(*recovered.notes, *([] if doubt is None else [doubt])),
     )
 
 
 def _count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-@torch.no_grad()
-def agreement(job: Job, small: fx.GraphModule, images: CalibrationSet) -> float | None:
-    """Share of images on which the largest class score is the same; None where outputs are not class scores."""
-    same = 0
-    for batch in images.batches(64):
-        inputs = batch.to(job.original.device)
-        answers = [graph(*inputs.args, **inputs.kwargs) for graph in (job.original.graph, small)]
-        scores = [next((x for x in pytree.tree_leaves(a) if isinstance(x, Tensor)), None) for a in answers]
-        if any(s is None or s.dim() != 2 or s.shape[1] < 2 for s in scores):
-            return None
-        first, second = (s.argmax(1) for s in scores if s is not None)
-        same += int((first == second).sum())
-    return same / images.size
 
 
 def _require_agreement(job: Job, report: CompressionReport) -> None:

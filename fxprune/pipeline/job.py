@@ -44,7 +44,8 @@ class Job:
         original: The network to be compressed, a private copy, and what always goes with it.
         trainable: Names of its parameters that the caller had not frozen.
         discovery: Regions and rejections.
-        held_back: Images kept apart for `min_agreement`, None without it.
+        held_back: Images that nothing is fitted to, a fifth of all; None where there are too few and no
+            `min_agreement`.
         scorer: Tells what cuts cost; remembers on disk where a folder was given.
         store: The memory itself, None without a folder.
         folder: Where results go, None if nowhere.

@@ -54,6 +54,8 @@ from fxprune.tracing.unwrap import inner, unwrapped
 __all__ = ["make_job", "make_scorer", "open_job"]
 
 _HELD_BACK = 0.2
+_ENOUGH_TO_HOLD_BACK = 20
+"""Images from which on some are held back unasked: a fifth of fewer says little, and every image helps fitting."""
 _LISTED = 20
 
 
@@ -100,7 +102,7 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
         tap = find_tap(graph, options.tap) if whole else output_tap(graph)
         discovery = _discover(graph, tap, options)
         held_back = None
-        if options.min_agreement is not None:
+        if images.size >= _ENOUGH_TO_HOLD_BACK or options.min_agreement is not None:
             held_back, images = images.split(_HELD_BACK, options.seed)
         original = Original(graph, tap, images, str(options.device), options.seed)
         scorer, store = make_scorer(original, options, progress=show_progress), None

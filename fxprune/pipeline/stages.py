@@ -80,7 +80,14 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
             maps = dict(fit.maps)
             plan = DropPlan(plan.scores, plan.regions, fit.loss)
         job.scorer.release()  # mimicking is what needs the most memory
-        recovered = recover(job.original, plan.regions, maps, recipe.mimic, progress=job.show_progress)
+        recovered = recover(
+            job.original,
+            plan.regions,
+            maps,
+            recipe.mimic,
+            held_back=job.held_back,
+            progress=job.show_progress,
+        )
     return recovered, plan
 
 

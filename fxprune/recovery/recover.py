@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings
 from fxprune.passes import Cut, FoldAdaptors
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.fidelity import Fidelities, fidelities
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
 
@@ -30,17 +32,27 @@ class Recovered:
 
     Attributes:
         graph: The network, sharing nothing with the original.
-        loss_before: Mean squared error at the tap before mimicking.
-        loss_after: The same after it.
+        before: How near it was to the original before mimicking: cut, adaptors folded.
+        after: The same after it.
         fold_error: See `CompressionReport`.
         notes: What the user should know.
     """
 
     graph: fx.GraphModule
-    loss_before: float
-    loss_after: float
+    before: Fidelities
+    after: Fidelities
     fold_error: float | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def loss_before(self) -> float:
+        """Mean squared error at the tap before mimicking, on the fitted images."""
+        return self.before.fitted.feature_error
+
+    @property
+    def loss_after(self) -> float:
+        """The same after it."""
+        return self.after.fitted.feature_error
 
 
 @torch.no_grad()
@@ -78,6 +90,7 @@ def recover(
     maps: Mapping[AdaptorSite, Tensor],
     settings: FitSettings,
     *,
+    held_back: CalibrationSet | None = None,
     progress: bool = False,
 ) -> Recovered:
     """Cuts a set of regions and repairs the rest by mimicking the original (MiR; PRACTISE, eq. 4).
@@ -87,13 +100,14 @@ def recover(
         regions: What to drop.
         maps: Fitted adaptors to fold in first; empty for PRACTISE, which mimics from the bare cut.
         settings: Of the mimicking.
+        held_back: Images to measure on beside those of the original; nothing is fitted to them.
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(original, regions, maps)
     images, device = original.images, original.device
     teacher = FeatureReader(original.graph, original.tap, fold=True)
     reader = FeatureReader(student, surviving_tap(original.tap, regions))
-    before = mean_feature_loss(teacher, reader, images, device=device)
+    before = fidelities(original, student, regions, held_back)
     parameters = trainable_parameters(reader.part, student)
     if not parameters or not settings.iterations:
         return Recovered(student, before, before, fold_error)
@@ -103,9 +117,10 @@ def recover(
         return mean_feature_loss(teacher, reader, images, device=device)
 
     settings, notes = _suited_to(reader.part, settings)
-    after, undone = _fit_or_undo(student, fit, settings, before)
+    undone = _fit_or_undo(student, fit, settings, before.fitted.feature_error)
     for note in (*notes, *undone):
         logger.warning("%s", note)
+    after = fidelities(original, student, regions, held_back)
     return Recovered(student, before, after, fold_error, (*notes, *undone))
 
 
@@ -123,8 +138,8 @@ def _suited_to(part: fx.GraphModule, settings: FitSettings) -> tuple[FitSettings
 
 def _fit_or_undo(
     student: nn.Module, fit: Callable[[FitSettings], float], settings: FitSettings, before: float
-) -> tuple[float, list[str]]:
-    """Fits, and goes back to the start where that raised the error; returns the error in the end, and notes."""
+) -> list[str]:
+    """Fits, and goes back to the start where that raised the error; returns notes."""
     start = copy.deepcopy(student.state_dict())  # quantised modules keep more than tensors in it
     notes: list[str] = []
     for left in range(settings.retries, -1, -1):
@@ -135,11 +150,11 @@ def _fit_or_undo(
                 raise
             after = float("inf")
         if after < before:
-            return after, notes
+            return notes
         notes.append(
             f"mimicking at a learning rate of {settings.learning_rate:g} raised the feature error from {before:.4g} to "
             f"{after:.4g}, so it was undone"
         )
         student.load_state_dict(start)
         settings = replace(settings, learning_rate=settings.learning_rate / 10)
-    return before, notes
+    return notes

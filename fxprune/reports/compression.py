@@ -11,10 +11,15 @@ from typing import Any
 
 from fxprune.graph.regions import Rejection
 from fxprune.measurements import Latency, LatencyComparison
+from fxprune.recovery.fidelity import Fidelities
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
 __all__ = ["CompressionReport", "plain"]
+
+
+_DERIVED = ("images", "recovery_loss_before", "recovery_loss_after", "agreement", "held_back_agreement")
+"""Properties that `report.json` holds beside the fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +30,11 @@ class CompressionReport:
         plan: Scores of all regions, and the chosen ones.
         latency: The compressed network against the original.
         rejections: Candidates that cannot be dropped, with reasons.
-        recovery_loss_before: Mean squared error at the tap after the cut, before mimicking.
-        recovery_loss_after: The same after mimicking.
+        fidelity_before: How near the network was to the original after the cut, before mimicking.
+        fidelity_after: The same after mimicking.
         fold_error: Largest difference at the tap between adaptors in place and folded, relative to the largest feature;
             None where no adaptor was fitted for the final network.
         parameters: Parameters before and after.
-        images: Calibration images used.
-        agreement: Top-1 agreement with the original on the calibration images, None without class scores.
-        held_back_agreement: The same on the images kept apart for `min_agreement`.
         peak_memory_bytes: Most memory the process (on CUDA: the allocator) has held.
         settings: What was asked for.
         seed: Of every random draw.
@@ -45,13 +47,10 @@ class CompressionReport:
     plan: DropPlan
     latency: LatencyComparison
     rejections: tuple[Rejection, ...]
-    recovery_loss_before: float
-    recovery_loss_after: float
+    fidelity_before: Fidelities
+    fidelity_after: Fidelities
     fold_error: float | None
     parameters: tuple[int, int]
-    images: int
-    agreement: float | None
-    held_back_agreement: float | None
     peak_memory_bytes: int | None
     settings: Mapping[str, Any]
     seed: int
@@ -70,9 +69,36 @@ class CompressionReport:
         """Latency of the compressed network."""
         return self.latency.after
 
+    @property
+    def images(self) -> int:
+        """Calibration images that were fitted to."""
+        return self.fidelity_after.fitted.images
+
+    @property
+    def recovery_loss_before(self) -> float:
+        """Mean squared error at the tap on these images after the cut, before mimicking."""
+        return self.fidelity_before.fitted.feature_error
+
+    @property
+    def recovery_loss_after(self) -> float:
+        """The same after mimicking."""
+        return self.fidelity_after.fitted.feature_error
+
+    @property
+    def agreement(self) -> float | None:
+        """Top-1 agreement with the original on these images at the end, None without class scores."""
+        return self.fidelity_after.fitted.agreement
+
+    @property
+    def held_back_agreement(self) -> float | None:
+        """The same on the images that were held back, None without them."""
+        other = self.fidelity_after.held_back
+        return None if other is None else other.agreement
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to `report.json`."""
         data: dict[str, Any] = plain(asdict(self))
+        data |= {name: plain(getattr(self, name)) for name in _DERIVED}
         data["plan"]["chosen"] = list(self.plan.chosen)
         for row, score in zip(data["plan"]["scores"], self.plan.scores, strict=True):
             row["score"] = score.score if math.isfinite(score.score) else None
@@ -106,16 +132,10 @@ class CompressionReport:
         lines = [render(headers, rows), "", self._latency_line()]
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
-        lines.append(
-            f"feature error {self.recovery_loss_before:.4g} after the cut, {self.recovery_loss_after:.4g} at the end"
-        )
+        lines.extend(self._fidelity_lines())
         if self.fold_error is not None:
             lines.append(
                 f"folding the adaptors changed the features by {self.fold_error:.1e} of their largest value"
-            )
-        if self.agreement is not None:
-            lines.append(
-                f"same top-1 class as the original on {100 * self.agreement:.1f} % of {self.images} calibration images"
             )
         if self.peak_memory_bytes is not None:
             lines.append(f"peak memory {self.peak_memory_bytes / 2**20:.0f} MiB")
@@ -124,6 +144,27 @@ class CompressionReport:
             "took " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.durations.items())
         )
         lines.extend(f"note: {note}" for note in self.notes)
+        return lines
+
+    def _fidelity_lines(self) -> list[str]:
+        """Two lines for the fitted images, and two for those held back: each after the cut, and at the end."""
+        before, after = self.fidelity_before, self.fidelity_after
+        lines: list[str] = []
+        for first, last, which in (
+            (before.fitted, after.fitted, "fitted"),
+            (before.held_back, after.held_back, "held-back"),
+        ):
+            if first is None or last is None:
+                continue
+            on = f"{which} images ({last.images}):"
+            lines.append(
+                f"{on} feature error {first.feature_error:.4g} after the cut, {last.feature_error:.4g} at the end"
+            )
+            if first.agreement is not None and last.agreement is not None:
+                lines.append(
+                    f"{on} same top-1 class as the original on {100 * first.agreement:.1f} % after the cut, "
+                    f"{100 * last.agreement:.1f} % at the end"
+                )
         return lines
 
     def _latency_line(self) -> str:

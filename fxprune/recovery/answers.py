@@ -1,0 +1,69 @@
+"""What networks answer: the class that each image is given, where there are scores of classes at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.calibration.batches import CalibrationSet
+
+__all__ = ["Answers", "agreement", "answers", "class_scores", "entropy"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """The classes that a network names.
+
+    Attributes:
+        named: The class with the largest score for each image: int64 `[N]`, on the CPU.
+        classes: How many there are, 2 or more.
+    """
+
+    named: Tensor
+    classes: int
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """The scores `[N, classes]` in what a network returns: its first tensor, None where that is nothing of the kind."""
+    first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    return None if first is None or first.dim() != 2 or first.shape[1] < 2 else first
+
+
+@torch.no_grad()
+def answers(network: nn.Module, images: CalibrationSet, device: str) -> Answers | None:
+    """The class that a network gives each image; None where its outputs are not class scores."""
+    named: list[Tensor] = []
+    for batch in images.batches(64):
+        inputs = batch.to(device)
+        scores = class_scores(network(*inputs.args, **inputs.kwargs))
+        if scores is None:
+            return None
+        named.append(scores.argmax(1).cpu())
+        classes = scores.shape[1]
+    return Answers(torch.cat(named), classes)
+
+
+def agreement(first: Answers | None, second: Answers | None) -> float | None:
+    """Share of images that two networks give the same class, in [0, 1]; None where one names none."""
+    if first is None or second is None:
+        return None
+    return int((first.named == second.named).sum()) / len(first.named)
+
+
+def entropy(given: Answers | None) -> float | None:
+    """How evenly the images are spread over the classes that a network names.
+
+    Returns:
+        The entropy of the histogram of these classes over the largest that it could have, the logarithm of the number
+        of images or of classes, whichever is smaller: 0 where one class has all images, 1 where none has more than
+        another. None without classes, or with fewer than two images.
+    """
+    if given is None or len(given.named) < 2:
+        return None
+    shares = torch.bincount(given.named).double() / len(given.named)
+    return float(torch.special.entr(shares).sum()) / math.log(min(len(given.named), given.classes))
