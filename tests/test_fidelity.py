@@ -1,8 +1,9 @@
-"""How near a compressed network is to the original: what is measured, on which images, and when the user is warned."""
+"""What users without labels are told: how near a network is to the original, and whether their images are any good."""
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import Inputs
-from fxprune.recovery.answers import Answers, agreement, answers, class_scores
+from fxprune.recovery.answers import Answers, agreement, alike, answers, class_scores, entropy
 from fxprune.recovery.fidelity import Fidelities, Fidelity, overfitted
 from fxprune.reports.compression import CompressionReport
 from tests.doubles import brief, count_latency
@@ -204,3 +205,86 @@ def test_the_report_warns_of_a_network_that_learnt_its_images(
 
 def test_the_report_does_not_warn_without_a_reason() -> None:
     assert not any("held back" in note for note in reported(images(40)).notes)
+
+
+# --- how the images are spread ---
+
+
+@pytest.mark.parametrize(
+    ("named", "classes", "expected"),
+    [
+        ([3, 3, 3, 3], 5, 0.0),
+        ([0, 1, 2, 3, 4], 5, 1.0),
+        ([0, 0, 1, 1], 2, 1.0),
+        ([0, 0, 1, 1], 10, 0.5),  # ln 2 over ln 4: fewer images than classes
+        ([0, 1], 1000, 1.0),
+        ([7, 7], 1000, 0.0),
+        ([0, 0, 0, 1], 2, (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(2)),
+        ([0], 5, None),
+    ],
+    ids=str,
+)
+def test_entropy_is_a_share_of_the_largest(named: list[int], classes: int, expected: float | None) -> None:
+    assert entropy(Answers(torch.tensor(named), classes)) == (
+        None if expected is None else pytest.approx(expected)
+    )
+    assert entropy(None) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "classes", "warns"),
+    [
+        ([500], 1000, True),
+        ([98, 2], 2, False),
+        ([99, 1], 2, True),
+        ([97, 1, 1, 1], 10, True),
+        ([94, 1, 1, 1, 1, 1, 1], 10, False),
+        ([2], 10, True),
+        ([1, 1], 10, False),
+        ([1], 10, False),  # one image is like itself
+    ],
+    ids=str,
+)
+def test_images_that_look_alike_to_the_original_are_told(
+    counts: list[int], classes: int, warns: bool
+) -> None:
+    named = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    assert (alike(Answers(named, classes)) is not None) == warns
+
+
+def test_the_report_warns_of_images_all_alike(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report = reported(images(1).repeat(12, 1, 1, 1))
+    words = (
+        "of its 5 classes it names 1 on 12 images, one of them on 12 (entropy 0 % of the largest possible)"
+    )
+    assert report.entropy == 0.0
+    assert any(words in note for note in report.notes)
+    assert words in caplog.text and words in str(report)
+
+
+def test_entropy_is_that_of_all_images_the_held_back_ones_too() -> None:
+    model, shown = tiny(5), images(20)
+    with torch.no_grad():
+        shares = torch.bincount(model(shown).argmax(1)) / 20
+    by_hand = -sum(float(p) * math.log(p) for p in shares if p > 0) / math.log(5)
+    assert 0.1 < by_hand < 1
+    report = reported(shown, model=model)
+    assert report.fidelity_after.held_back is not None
+    assert report.entropy == pytest.approx(by_hand)
+    front = fxprune.sweep(model, shown, recipe=brief(), progress=False, latency_batch=2)
+    assert front.entropy == report.entropy and front.notes == ()
+
+
+def test_a_sweep_warns_of_images_all_alike() -> None:
+    front = fxprune.sweep(
+        tiny(), images(1).repeat(3, 1, 1, 1), recipe=brief(), progress=False, latency_batch=2
+    )
+    assert len(front.notes) == 1 and "look alike" in str(front)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_so_few_images_are_no_error(count: int) -> None:
+    report = reported(images(count))
+    assert (report.entropy is None) == (count == 1)
+    assert report.images == count and report.held_back_agreement is None

@@ -43,6 +43,7 @@ def report() -> CompressionReport:
         rejections=(Rejection("x", "cat", Reason.CONCATENATION, ("cat",), "joins 2 tensors", "stem"),),
         fidelity_before=Fidelities(Fidelity(50, 0.9, 0.5), Fidelity(12, 0.75, 0.625)),
         fidelity_after=Fidelities(Fidelity(50, 0.96, 0.125), Fidelity(12, 0.875, 0.25)),
+        entropy=0.925,
         fold_error=2e-7,
         parameters=(1000, 800),
         peak_memory_bytes=2**30,
@@ -88,6 +89,8 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
     same = "same top-1 class as the original on"
     assert f"fitted images (50): {same} 90.0 % after the cut, 96.0 % at the end" in lines
     assert f"held-back images (12): {same} 75.0 % after the cut, 87.5 % at the end" in lines
+    entropy = "entropy 92 % of the largest possible"
+    assert f"calibration images, by the class that the original names: {entropy}" in lines
     assert "peak memory 1024 MiB" in lines
     assert "refused candidates: 1" in lines
     assert "took scoring 1.2 s, recovery 2.5 s" in lines
@@ -97,11 +100,16 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
 def test_what_was_not_measured_is_said_and_not_invented(report: CompressionReport) -> None:
     alone = Fidelities(Fidelity(50, None, 0.5), None)
     bare = replace(
-        report, fold_error=None, fidelity_before=alone, fidelity_after=alone, peak_memory_bytes=None
+        report,
+        entropy=None,
+        fold_error=None,
+        fidelity_before=alone,
+        fidelity_after=alone,
+        peak_memory_bytes=None,
     )
     text = str(bare)
     assert bare.agreement is None and bare.held_back_agreement is None
-    for absent in ("folding", "top-1", "held-back", "peak memory"):
+    for absent in ("folding", "top-1", "held-back", "entropy", "peak memory"):
         assert absent not in text
 
 
@@ -121,11 +129,15 @@ def front() -> SweepReport:
         SweepPoint(("a",), 0.25, comparison(0.010, 0.008), 0.9),
         SweepPoint(("a", "b"), math.nan, comparison(0.010, 0.006), None),
     )
-    return SweepReport(points, SCORES, 0.95, {"backend": "torch"}, {"scoring": 1.0}, {"torch": "2.9"})
+    return SweepReport(
+        points, SCORES, 0.95, 0.5, {"backend": "torch"}, {"scoring": 1.0}, {"torch": "2.9"}, ("all alike",)
+    )
 
 
 def test_the_front_as_text_names_what_each_step_adds(front: SweepReport) -> None:
-    header, _, first, second = (line.split() for line in str(front).splitlines())
+    *table, entropy, note = str(front).splitlines()
+    assert entropy.endswith("entropy 50 % of the largest possible") and note == "note: all alike"
+    header, _, first, second = (line.split() for line in table)
     assert header[0] == "k"
     assert first == ["1", "a", "8.000", "0.800", "[0.799,", "0.801]", "0.25", "90.00", "%"]
     assert second == ["2", "b", "6.000", "0.600", "[0.599,", "0.601]", "nan", "-"]
@@ -135,7 +147,7 @@ def test_the_front_as_json(front: SweepReport) -> None:
     data = strict(front.to_json())
     assert [p["dropped"] for p in data["points"]] == [["a"], ["a", "b"]]
     assert [p["recovery_loss"] for p in data["points"]] == [0.25, None]
-    assert data["accuracy"] == 0.95
+    assert (data["accuracy"], data["entropy"], data["notes"]) == (0.95, 0.5, ["all alike"])
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_written_costs_no_other(
 
     monkeypatch.setattr(closing, "export_onnx", refused)
     with pytest.raises(ExportError, match=r"no ONNX form.*holds what could be written"):
-        compress(tmp_path, 1, onnx=True)
+        compress(tmp_path, 1, onnx=True, model=tiny(5))
     report = report_of(tmp_path)
     assert report["files"].keys() == NETWORK_FILES
     assert report["notes"] == ["there is no ONNX form"] * 2

@@ -159,11 +159,13 @@ def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, 
     assert json.loads((tmp_path / "report.json").read_text())["held_back_agreement"] == 0.5
 
 
-def test_agreement_needs_class_scores() -> None:
+def test_agreement_needs_class_scores(work) -> None:
     model = nn.Sequential(*list(tiny().children())[:3])
     assert fxprune.report(compress(1, model=model)).agreement is None
+    work.clear()
     with pytest.raises(OptionError, match="one score for each class"):
         compress(1, model=model, min_agreement=0.5)
+    assert work == []
 
 
 def test_a_finished_run_is_not_computed_again(tmp_path: Path, work) -> None:

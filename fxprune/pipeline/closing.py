@@ -94,9 +94,11 @@ def close_sweep(
         points=points,
         scores=scores,
         accuracy=None if evaluate is None else evaluate(job.original.graph),
+        entropy=job.entropy,
         settings=job.settings(),
         durations=job.stage.seconds,
         versions=versions(job.original.device),
+        notes=job.notes,
         files=results.hashes(),
     )
     results.end(report.to_json())
@@ -119,6 +121,7 @@ def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComp
         rejections=job.discovery.rejections,
         fidelity_before=recovered.before,
         fidelity_after=recovered.after,
+        entropy=job.entropy,
         fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
         parameters=(_count(job.original.graph), _count(recovered.graph)),
         peak_memory_bytes=peak_memory(job.original.device),
@@ -126,7 +129,7 @@ def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComp
         seed=job.options.seed,
         durations=job.stage.seconds,
         versions=versions(job.original.device),
-        notes=(*recovered.notes, *([] if doubt is None else [doubt])),
+        notes=(*job.notes, *recovered.notes, *([] if doubt is None else [doubt])),
     )
 
 
@@ -136,11 +139,7 @@ def _count(network: nn.Module) -> int:
 
 def _require_agreement(job: Job, report: CompressionReport) -> None:
     wanted, reached = job.options.min_agreement, report.held_back_agreement
-    if wanted is None:
-        return
-    if reached is None:
-        raise OptionError("min_agreement needs a network whose output is one score for each class")
-    if reached < wanted:
+    if wanted is not None and reached is not None and reached < wanted:
         kept = "" if job.folder is None else f"; {job.folder} holds that network"
         raise OptionError(
             f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "

@@ -46,6 +46,8 @@ class Job:
         discovery: Regions and rejections.
         held_back: Images that nothing is fitted to, a fifth of all; None where there are too few and no
             `min_agreement`.
+        entropy: Of the classes that the original names on all images; see `fxprune.recovery.answers.entropy`.
+        notes: What the user should know about the images.
         scorer: Tells what cuts cost; remembers on disk where a folder was given.
         store: The memory itself, None without a folder.
         folder: Where results go, None if nowhere.
@@ -60,6 +62,8 @@ class Job:
     trainable: frozenset[str]
     discovery: Discovery
     held_back: CalibrationSet | None
+    entropy: float | None
+    notes: tuple[str, ...]
     scorer: Scorer
     store: ScoreStore | None
     folder: Path | None

@@ -6,6 +6,7 @@ Every refusal comes from here, before any long work.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,7 @@ from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
+from fxprune.recovery.answers import alike, answers, entropy
 from fxprune.recovery.original import Original
 from fxprune.scoring.bare import BareScorer
 from fxprune.scoring.cached import CachedScorer
@@ -52,6 +54,8 @@ from fxprune.tracing.trace import trace
 from fxprune.tracing.unwrap import inner, unwrapped
 
 __all__ = ["make_job", "make_scorer", "open_job"]
+
+logger = logging.getLogger(__name__)
 
 _HELD_BACK = 0.2
 _ENOUGH_TO_HOLD_BACK = 20
@@ -101,6 +105,7 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
         whole = options.submodule is None or options.tap is not None
         tap = find_tap(graph, options.tap) if whole else output_tap(graph)
         discovery = _discover(graph, tap, options)
+        spread, notes = _judge(graph, images, options)
         held_back = None
         if images.size >= _ENOUGH_TO_HOLD_BACK or options.min_agreement is not None:
             held_back, images = images.split(_HELD_BACK, options.seed)
@@ -116,12 +121,27 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
         trainable,
         discovery,
         held_back,
+        spread,
+        notes,
         scorer,
         store,
         folder,
         show_progress,
         stage,
     )
+
+
+def _judge(
+    graph: fx.GraphModule, images: CalibrationSet, options: Options
+) -> tuple[float | None, tuple[str, ...]]:
+    """The entropy of the original's classes on the images, and what the user should know about it."""
+    named = answers(graph, images, str(options.device))
+    if named is None and options.min_agreement is not None:
+        raise OptionError("min_agreement needs a network whose output is one score for each class")
+    note = alike(named)
+    if note is not None:
+        logger.warning("%s", note)
+    return entropy(named), () if note is None else (note,)
 
 
 def make_scorer(original: Original, options: Options, *, progress: bool = False) -> Scorer:

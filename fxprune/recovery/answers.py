@@ -12,7 +12,11 @@ from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 
-__all__ = ["Answers", "agreement", "answers", "class_scores", "entropy"]
+__all__ = ["Answers", "agreement", "alike", "answers", "class_scores", "entropy"]
+
+_ALIKE = 0.1
+"""Entropy below which images look alike: of two classes one then has 98.7 % of the images or more, of ten 96.5 %. Rare
+classes, such as 2 % of defects, are above it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,3 +71,17 @@ def entropy(given: Answers | None) -> float | None:
         return None
     shares = torch.bincount(given.named).double() / len(given.named)
     return float(torch.special.entr(shares).sum()) / math.log(min(len(given.named), given.classes))
+
+
+def alike(given: Answers | None) -> str | None:
+    """What to tell the user where all or nearly all images are of one class to a network; else None."""
+    spread = entropy(given)
+    if given is None or spread is None or spread >= _ALIKE:
+        return None
+    counts = torch.bincount(given.named)
+    return (
+        f"the calibration images look alike to the original: of its {given.classes} classes it names "
+        f"{int((counts > 0).sum())} on {len(given.named)} images, one of them on {int(counts.max())} (entropy "
+        f"{100 * spread:.0f} % of the largest possible). What is fitted to them and measured on them says little about "
+        "other images; give images like those that the network will serve, of all its classes"
+    )

@@ -15,7 +15,7 @@ from fxprune.recovery.fidelity import Fidelities
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
-__all__ = ["CompressionReport", "plain"]
+__all__ = ["CompressionReport", "entropy_lines", "plain"]
 
 
 _DERIVED = ("images", "recovery_loss_before", "recovery_loss_after", "agreement", "held_back_agreement")
@@ -32,6 +32,8 @@ class CompressionReport:
         rejections: Candidates that cannot be dropped, with reasons.
         fidelity_before: How near the network was to the original after the cut, before mimicking.
         fidelity_after: The same after mimicking.
+        entropy: Of the classes that the original names on all calibration images, over the largest possible, in [0, 1];
+            None without class scores or with fewer than two images.
         fold_error: Largest difference at the tap between adaptors in place and folded, relative to the largest feature;
             None where no adaptor was fitted for the final network.
         parameters: Parameters before and after.
@@ -49,6 +51,7 @@ class CompressionReport:
     rejections: tuple[Rejection, ...]
     fidelity_before: Fidelities
     fidelity_after: Fidelities
+    entropy: float | None
     fold_error: float | None
     parameters: tuple[int, int]
     peak_memory_bytes: int | None
@@ -133,6 +136,7 @@ class CompressionReport:
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
         lines.extend(self._fidelity_lines())
+        lines.extend(entropy_lines(self.entropy))
         if self.fold_error is not None:
             lines.append(
                 f"folding the adaptors changed the features by {self.fold_error:.1e} of their largest value"
@@ -177,6 +181,14 @@ class CompressionReport:
             f"batch {before.batch_shape[0]}, "
             f"{before.threads} threads, {before.runs} pairs)"
         )
+
+
+def entropy_lines(entropy: float | None) -> list[str]:
+    """One line on how the calibration images are spread over the classes, none where that is not known."""
+    if entropy is None:
+        return []
+    share = f"{100 * entropy:.0f} % of the largest possible"
+    return [f"calibration images, by the class that the original names: entropy {share}"]
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxprune.measurements import LatencyComparison
-from fxprune.reports.compression import plain
+from fxprune.reports.compression import entropy_lines, plain
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore
 
@@ -40,18 +40,22 @@ class SweepReport:
         points: Of 1, 2, 3 ... regions.
         scores: Of single regions.
         accuracy: Of the original, None without `evaluate`.
+        entropy: As in `CompressionReport`.
         settings: What was asked for.
         durations: Seconds that each stage took.
         versions: Of the software and the machine.
+        notes: What the user should know.
         files: SHA-256 (hex) of the files that stand beside `sweep.json`, by name.
     """
 
     points: tuple[SweepPoint, ...]
     scores: tuple[BlockScore, ...]
     accuracy: float | None
+    entropy: float | None
     settings: Mapping[str, Any]
     durations: Mapping[str, float]
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -74,4 +78,5 @@ class SweepReport:
                 ]
             )
         headers = ["k", "drops also", "ms", "latency ratio", "recovery loss", "accuracy"]
-        return render(headers, rows)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([render(headers, rows), *entropy_lines(self.entropy), *notes])
