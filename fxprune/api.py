@@ -36,6 +36,7 @@ def compress(
     k: int | None = None,
     *,
     submodule: None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[CompressSettings],
 ) -> fx.GraphModule: ...
 @overload
@@ -45,6 +46,7 @@ def compress(
     k: int | None = None,
     *,
     submodule: str,
+    evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[CompressSettings],
 ) -> nn.Module: ...
 @takes(CompressSettings)
@@ -54,6 +56,7 @@ def compress(
     k: int | None = None,
     *,
     submodule: str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[CompressSettings],
 ) -> nn.Module:
     """Makes a trained network faster by cutting regions out of it, with a handful of unlabelled images.
@@ -67,6 +70,8 @@ def compress(
         loader: The calibration images: a tensor `[N, C, H, W]`, a dataset, a data loader or any iterable of batches.
         k: How many regions to cut; alternatively give `target_speedup` or `target_latency_ms`.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
+        evaluate: Called with a copy of the original, before any long work, and of the compressed network; returns a
+            number, such as an accuracy. The report holds both.
         **settings: Fields of `fxprune.options.Options`, which tells what each means and what it is by default.
 
     Returns:
@@ -86,7 +91,7 @@ def compress(
     """
     options = Options.of(k, submodule, **settings)
     options.require_goal()
-    with open_job(model, loader, options) as job:
+    with open_job(model, loader, options, evaluate) as job:
         plan = choose(job, score(job))
         recovered, plan = repair(job, plan)
         return close(job, plan, recovered)
@@ -100,26 +105,30 @@ def sweep(
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[Settings],
 ) -> SweepReport:
-    """Measures latency and recovery loss for every number of dropped regions, from one scoring.
+    """Measures latency and recovery loss, with labels accuracy too, for every number of dropped regions.
 
     Nothing is mimicked: the losses are those of fitted and folded adaptors.
 
     Args:
         model: As for `compress`.
         loader: As for `compress`.
-        evaluate: Called with each network, adaptors folded; returns its accuracy.
+        evaluate: Called with a copy of each network, the original first, then adaptors folded; returns its accuracy.
+            `labels` is another way to have one.
         **settings: Fields of `fxprune.options.Options`; goals are none of them, and `exact` has no path to follow.
 
     Returns:
-        One point for each k from 1 to the most regions that can be dropped. With `out`, the folder holds `sweep.svg`
-        and at last `sweep.json`.
+        One point for each k from 1 to the most regions that can be dropped. With `out`, the folder holds `sweep.svg`,
+        where there are accuracies `sweep_accuracy.svg`, and at last `sweep.json`.
 
     Raises:
         FxpruneError: As `compress`.
     """
-    with open_job(model, loader, Options.of(**settings)) as job:
+    options = Options.of(**settings)
+    if evaluate is not None and options.labels is not None:
+        raise OptionError("give labels or evaluate, not both: a sweep has one accuracy for each network")
+    with open_job(model, loader, options, evaluate) as job:
         scores = score(job)
-        return close_sweep(job, scores, survey(job, scores, evaluate), evaluate)
+        return close_sweep(job, scores, survey(job, scores))
 
 
 def report(gm: nn.Module) -> CompressionReport:

@@ -57,6 +57,7 @@ class Settings(TypedDict, total=False):
     tap: str | None
     input_fn: Callable[[Any], Any] | None
     images: int
+    labels: Any
     latency_batch: int | None
     cache_bytes: int
     seed: int
@@ -95,6 +96,9 @@ class Options:
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use.
+        labels: Labelled images to measure accuracy on, never to fit to: a loader that can be read several times, whose
+            batches are `(inputs, labels)`, or a dataset of such pairs. Inputs are like the calibration images, labels
+            are whole numbers `[N]`, indices of the network's outputs. `input_fn` is given the whole pair.
         latency_batch: Images in a timed batch; by default 64 on CUDA and 8 on the CPU.
         cache_bytes: Memory for cached activations; where they do not fit, fewer images are cached. Fits side by
             side may take a quarter of it more.
@@ -125,6 +129,7 @@ class Options:
     submodule: str | None = None
     input_fn: Callable[[Any], Any] | None = None
     images: int = 500
+    labels: Any = None
     latency_batch: int | None = None
     cache_bytes: int = 2 * 2**30
     seed: int = 0
@@ -232,11 +237,12 @@ class Options:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as reports hold it; functions by their names."""
+        """Plain data, as reports hold it; functions and loaders by their names."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "recipe": asdict(self.recipe),
             "ignore": [_name_of(pattern) for pattern in self.ignore],
             "input_fn": None if self.input_fn is None else _name_of(self.input_fn),
+            "labels": None if self.labels is None else _name_of(self.labels),
         }
 
 

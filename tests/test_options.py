@@ -50,6 +50,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "submodule": {"submodule": "body"},
     "input_fn": {"input_fn": brighter},
     "images": {"images": 5},
+    "labels": {"labels": [(images(4), torch.tensor([0, 1, 2, 3]))]},
     "latency_batch": {"latency_batch": 3},
     "cache_bytes": {"cache_bytes": 2**17},
     "seed": {"seed": 1},
@@ -68,6 +69,7 @@ class Answer:
     scores: tuple[tuple[str, str, float, float, float], ...]
     latencies: tuple[float, ...]
     weights: bytes = b""
+    accuracies: tuple[float, ...] = ()
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +99,8 @@ def compress(folder: Path, settings: dict[str, Any]) -> Answer:
     weights = b"".join(
         bytes(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in small.state_dict().values()
     )
-    return Answer(made.plan.chosen, rows(made.plan.scores), (made.latency.ratio,), weights)
+    accuracies = () if made.accuracy is None else (made.accuracy["before"].top1, made.accuracy["after"].top1)
+    return Answer(made.plan.chosen, rows(made.plan.scores), (made.latency.ratio,), weights, accuracies)
 
 
 def sweep(folder: Path, settings: dict[str, Any]) -> Answer:
@@ -107,7 +110,8 @@ def sweep(folder: Path, settings: dict[str, Any]) -> Answer:
     made = fxprune.sweep(tiny(), images(), **given)
     losses = tuple(point.recovery_loss for point in made.points)
     ratios = tuple(point.latency.ratio for point in made.points)
-    return Answer(made.points[-1].dropped, rows(made.scores), (*ratios, *losses))
+    accuracies = tuple(point.accuracy for point in made.points if point.accuracy is not None)
+    return Answer(made.points[-1].dropped, rows(made.scores), (*ratios, *losses), accuracies=accuracies)
 
 
 def rows(scores: Sequence[Any]) -> tuple[tuple[str, str, float, float, float], ...]:
@@ -183,7 +187,7 @@ def test_signatures_come_from_the_options(verb: str, settings: Any) -> None:
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == defaults[name]
     own = parameters.keys() - settings.__annotations__.keys()
-    assert own == {"model", "loader", *({"k", "submodule"} if verb == "compress" else {"evaluate"})}
+    assert own == {"model", "loader", "evaluate", *({"k", "submodule"} if verb == "compress" else ())}
     assert {*own, *settings.__annotations__} >= defaults.keys() - (
         CompressSettings.__annotations__.keys() - Settings.__annotations__.keys() | {"k", "submodule"}
         if verb == "sweep"

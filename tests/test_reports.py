@@ -11,6 +11,7 @@ import pytest
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
 from fxprune.options import RECIPES
 from fxprune.recovery.fidelity import Fidelities, Fidelity
+from fxprune.recovery.judging import Accuracy
 from fxprune.reports.compression import CompressionReport, plain
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
@@ -46,6 +47,8 @@ def report() -> CompressionReport:
         entropy=0.925,
         fold_error=2e-7,
         parameters=(1000, 800),
+        accuracy={"before": Accuracy(80, 0.9, 0.975), "after": Accuracy(80, 0.85, 0.95)},
+        evaluation={"before": 0.5, "after": 0.25},
         peak_memory_bytes=2**30,
         settings={"recipe": RECIPES["fast"], "kinds": (Kind.IDENTITY,), "worst": math.inf, "tap": ["add"]},
         seed=3,
@@ -70,6 +73,8 @@ def test_json_holds_no_number_that_is_none(report: CompressionReport) -> None:
     assert data["fidelity_before"]["held_back"] == {"images": 12, "agreement": 0.75, "feature_error": 0.625}
     assert data["fidelity_after"]["fitted"] == {"images": 50, "agreement": 0.96, "feature_error": 0.125}
     assert (data["images"], data["agreement"], data["held_back_agreement"]) == (50, 0.96, 0.875)
+    assert data["accuracy"]["after"] == {"images": 80, "top1": 0.85, "top5": 0.95}
+    assert data["evaluation"] == {"before": 0.5, "after": 0.25}
     assert (data["recovery_loss_before"], data["recovery_loss_after"]) == (0.5, 0.125)
     assert data["parameters"] == [1000, 800]
 
@@ -91,6 +96,9 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
     assert f"held-back images (12): {same} 75.0 % after the cut, 87.5 % at the end" in lines
     entropy = "entropy 92 % of the largest possible"
     assert f"calibration images, by the class that the original names: {entropy}" in lines
+    assert "top-1 accuracy 90.00 -> 85.00 % on 80 labelled images" in lines
+    assert "top-5 accuracy 97.50 -> 95.00 % on 80 labelled images" in lines
+    assert "evaluation 0.5 -> 0.25" in lines
     assert "peak memory 1024 MiB" in lines
     assert "refused candidates: 1" in lines
     assert "took scoring 1.2 s, recovery 2.5 s" in lines
@@ -101,6 +109,8 @@ def test_what_was_not_measured_is_said_and_not_invented(report: CompressionRepor
     alone = Fidelities(Fidelity(50, None, 0.5), None)
     bare = replace(
         report,
+        accuracy=None,
+        evaluation=None,
         entropy=None,
         fold_error=None,
         fidelity_before=alone,
@@ -109,7 +119,7 @@ def test_what_was_not_measured_is_said_and_not_invented(report: CompressionRepor
     )
     text = str(bare)
     assert bare.agreement is None and bare.held_back_agreement is None
-    for absent in ("folding", "top-1", "held-back", "entropy", "peak memory"):
+    for absent in ("folding", "top-1", "held-back", "entropy", "accuracy", "evaluation", "peak memory"):
         assert absent not in text
 
 
@@ -130,12 +140,21 @@ def front() -> SweepReport:
         SweepPoint(("a", "b"), math.nan, comparison(0.010, 0.006), None),
     )
     return SweepReport(
-        points, SCORES, 0.95, 0.5, {"backend": "torch"}, {"scoring": 1.0}, {"torch": "2.9"}, ("all alike",)
+        points,
+        SCORES,
+        0.95,
+        40,
+        0.5,
+        {"backend": "torch"},
+        {"scoring": 1.0},
+        {"torch": "2.9"},
+        ("all alike",),
     )
 
 
 def test_the_front_as_text_names_what_each_step_adds(front: SweepReport) -> None:
-    *table, entropy, note = str(front).splitlines()
+    *table, original, entropy, note = str(front).splitlines()
+    assert original == "accuracy of the original 95.00 %, top-1 on 40 labelled images"
     assert entropy.endswith("entropy 50 % of the largest possible") and note == "note: all alike"
     header, _, first, second = (line.split() for line in table)
     assert header[0] == "k"
@@ -156,6 +175,7 @@ def test_the_front_as_json(front: SweepReport) -> None:
         [(1.0, 0.5, "k=1")],
         [(1.0, 0.0, "k=1"), (1.0, 0.0, "k=2")],
         [(3.0, 0.1, "k=1"), (2.0, 0.4, "k=2"), (1.0, 0.9, "<k> & 3")],
+        [(3.0, -0.1, "k=1"), (2.0, -0.4, "k=2")],  # an evaluation may be below 0
     ],
 )
 def test_plots_are_xml_and_stay_inside(points: list[tuple[float, float, str]]) -> None:

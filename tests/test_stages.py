@@ -230,7 +230,8 @@ def test_the_report_is_written_and_the_model_kept(tmp_path: Path) -> None:
     assert report.recovery_loss_before > 0
     assert report.fold_error is not None and report.fold_error < 1e-4
     assert report.parameters[1] == sum(p.numel() for p in small.parameters()) < report.parameters[0]
-    assert {"trace", "latency", "scoring", "selection", "recovery", "measurement"} == set(report.durations)
+    stages = {"trace", "evaluation", "latency", "scoring", "selection", "recovery", "measurement"}
+    assert stages == set(report.durations)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

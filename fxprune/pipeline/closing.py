@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,9 +24,9 @@ from fxprune.pipeline.results import Results
 from fxprune.pipeline.stages import worst_fold_error
 from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
+from fxprune.recovery.judging import Judgement
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import CompressionReport
-from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 REPORT = "fxprune_report"
 """Key of the report in a compressed graph's `meta`."""
+
+Figure = TypeVar("Figure")
 
 EXAMPLE = "fxprune_example"
 """Key of inputs of the right shapes there, noise in place of the customer's images."""
@@ -62,7 +65,9 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     )
     with job.stage("measurement"):
         latency = on_main(lambda: compare_networks(job, [small])[0])
-        report = _report(job, plan, recovered, latency)
+    with job.stage("evaluation"):
+        judged = job.judge(small)
+    report = _report(job, plan, recovered, latency, judged)
     if job.options.onnx:
         for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
             results.write(_onnx_writer(name, network, example))
@@ -78,40 +83,41 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     return replace_submodule(job.model, job.options.submodule, small, example=example)
 
 
-def close_sweep(
-    job: Job,
-    scores: tuple[BlockScore, ...],
-    points: tuple[SweepPoint, ...],
-    evaluate: Callable[[nn.Module], float] | None,
-) -> SweepReport:
-    """The report of a sweep; it and its plot are written where a folder was given."""
-    spots = [(1e3 * p.latency.after.median_s, p.recovery_loss, f"k={len(p.dropped)}") for p in points]
-    results = Results(job.folder if is_main() else None, "sweep.json", ("sweep.svg",))
+def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoint, ...]) -> SweepReport:
+    """The report of a sweep; it and its plots are written where a folder was given."""
+    results = Results(job.folder if is_main() else None, "sweep.json", ("sweep.svg", "sweep_accuracy.svg"))
     results.begin()
-    svg = front_svg(spots, x_name="latency, ms", y_name="recovery loss")
-    results.write(lambda folder: write_text_atomic(folder / "sweep.svg", svg))
     report = SweepReport(
         points=points,
         scores=scores,
-        accuracy=None if evaluate is None else evaluate(job.original.graph),
+        accuracy=job.judged.figure,
+        labelled=None if job.judged.accuracy is None else job.judged.accuracy.images,
         entropy=job.entropy,
         settings=job.settings(),
         durations=job.stage.seconds,
         versions=versions(job.original.device),
         notes=job.notes,
-        files=results.hashes(),
     )
+    for name, plot in report.plots().items():
+        results.write(_text_writer(name, plot))
+    report = replace(report, files=results.hashes())
     results.end(report.to_json())
     if results.failures:
         raise ArtifactError("; ".join(results.failures))
     return report
 
 
+def _text_writer(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: write_text_atomic(folder / name, text)
+
+
 def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callable[[Path], object]:
     return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
 
 
-def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison) -> CompressionReport:
+def _report(
+    job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison, judged: Judgement
+) -> CompressionReport:
     fold_error, doubt = recovered.fold_error, overfitted(recovered.after)
     if doubt is not None:
         logger.warning("%s", doubt)
@@ -124,6 +130,8 @@ def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComp
         entropy=job.entropy,
         fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
         parameters=(_count(job.original.graph), _count(recovered.graph)),
+        accuracy=_pair(job.judged.accuracy, judged.accuracy),
+        evaluation=_pair(job.judged.evaluation, judged.evaluation),
         peak_memory_bytes=peak_memory(job.original.device),
         settings=job.settings(),
         seed=job.options.seed,
@@ -131,6 +139,10 @@ def _report(job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComp
         versions=versions(job.original.device),
         notes=(*job.notes, *recovered.notes, *([] if doubt is None else [doubt])),
     )
+
+
+def _pair(before: Figure | None, after: Figure | None) -> dict[str, Figure] | None:
+    return None if before is None or after is None else {"before": before, "after": after}
 
 
 def _count(network: nn.Module) -> int:

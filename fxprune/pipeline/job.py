@@ -13,6 +13,7 @@ from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.regions import Discovery, Region
 from fxprune.options import Options
 from fxprune.recovery.adaptors import AdaptorFit
+from fxprune.recovery.judging import Judge, Judgement
 from fxprune.recovery.original import Original
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore
@@ -48,6 +49,8 @@ class Job:
             `min_agreement`.
         entropy: Of the classes that the original names on all images; see `fxprune.recovery.answers.entropy`.
         notes: What the user should know about the images.
+        judge: The caller's own measures of a network.
+        judged: What they say of the original.
         scorer: Tells what cuts cost; remembers on disk where a folder was given.
         store: The memory itself, None without a folder.
         folder: Where results go, None if nowhere.
@@ -64,6 +67,8 @@ class Job:
     held_back: CalibrationSet | None
     entropy: float | None
     notes: tuple[str, ...]
+    judge: Judge
+    judged: Judgement
     scorer: Scorer
     store: ScoreStore | None
     folder: Path | None

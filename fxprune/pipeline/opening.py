@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
+from fxprune.calibration.labelled import LabelledImages
 from fxprune.discovery.discovery import discover
 from fxprune.discovery.taps import find_tap, output_tap
 from fxprune.errors import (
@@ -41,6 +42,7 @@ from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
 from fxprune.recovery.answers import alike, answers, entropy
+from fxprune.recovery.judging import Evaluate, Judge
 from fxprune.recovery.original import Original
 from fxprune.scoring.bare import BareScorer
 from fxprune.scoring.cached import CachedScorer
@@ -64,13 +66,14 @@ _LISTED = 20
 
 
 @contextmanager
-def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
+def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | None = None) -> Iterator[Job]:
     """Reads the images, traces, discovers and finds the tap; while the job is open, its folder is locked.
 
     Args:
         model: The caller's model; it is not changed.
         loader: The calibration images.
         options: What was asked for.
+        evaluate: The caller's own measure of a network.
 
     Raises:
         FxpruneError: As `fxprune.compress` says.
@@ -78,11 +81,16 @@ def open_job(model: Any, loader: Any, options: Options) -> Iterator[Job]:
     model = unwrapped(model)
     if options.submodule is not None and not isinstance(model, nn.Module):
         raise OptionError("submodule= names a part of a module, and an exported program has none")
+    if options.submodule is not None and (options.labels is not None or evaluate is not None):
+        raise OptionError(
+            "labels and evaluate are for networks that are compressed as a whole, and the part that submodule= names "
+            "has no accuracy of its own: measure the model that compress returns"
+        )
     options = options.filled(_device(options.device, model), options.threads or default_threads())
     with using_threads(options.threads), _plain_torch(), memory_explained():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
         with _locked(folder):
-            yield make_job(model, loader, options, folder)
+            yield make_job(model, loader, options, folder, evaluate)
 
 
 @contextmanager
@@ -93,19 +101,28 @@ def _plain_torch() -> Iterator[None]:
         yield
 
 
-def make_job(model: Any, loader: Any, options: Options, folder: Path | None = None) -> Job:
+def make_job(
+    model: Any,
+    loader: Any,
+    options: Options,
+    folder: Path | None = None,
+    evaluate: Evaluate | None = None,
+) -> Job:
     """The job itself, without what surrounds it while it is open; its options have their defaults filled in."""
     stage = StageTimes()
     show_progress = is_main() and (os.isatty(2) if options.progress is None else options.progress)
     with stage("trace"):
         images, network = _read(model, loader, options)
+        labels = None
+        if options.labels is not None:
+            labels = LabelledImages(options.labels, images, options, _input_names(model))
         graph = _capture(network, images, str(options.device))
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
         whole = options.submodule is None or options.tap is not None
         tap = find_tap(graph, options.tap) if whole else output_tap(graph)
         discovery = _discover(graph, tap, options)
-        spread, notes = _judge(graph, images, options)
+        spread, notes = _spread(graph, images, options)
         held_back = None
         if images.size >= _ENOUGH_TO_HOLD_BACK or options.min_agreement is not None:
             held_back, images = images.split(_HELD_BACK, options.seed)
@@ -114,6 +131,11 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
         if folder is not None:
             store = _store(folder, original, discovery, options)
             scorer = StoredScorer(scorer, store)
+    judge = Judge(labels, evaluate, original.device)
+    with stage(
+        "evaluation"
+    ):  # now, so that labels and functions that cannot be used are refused before long work
+        judged = judge(graph)
     return Job(
         options,
         model,
@@ -123,6 +145,8 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
         held_back,
         spread,
         notes,
+        judge,
+        judged,
         scorer,
         store,
         folder,
@@ -131,7 +155,7 @@ def make_job(model: Any, loader: Any, options: Options, folder: Path | None = No
     )
 
 
-def _judge(
+def _spread(
     graph: fx.GraphModule, images: CalibrationSet, options: Options
 ) -> tuple[float | None, tuple[str, ...]]:
     """The entropy of the original's classes on the images, and what the user should know about it."""

@@ -6,9 +6,7 @@ told to the others, so that all of them build the same network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import nn
+from collections.abc import Sequence
 
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import latencies_without
@@ -97,9 +95,7 @@ def worst_fold_error(job: Job, plan: DropPlan) -> float | None:
     return max((error for error in errors if error is not None), default=None)
 
 
-def survey(
-    job: Job, scores: Sequence[BlockScore], evaluate: Callable[[nn.Module], float] | None
-) -> tuple[SweepPoint, ...]:
+def survey(job: Job, scores: Sequence[BlockScore]) -> tuple[SweepPoint, ...]:
     """Every plan on the path, timed, with the loss that fitting its adaptors together leaves."""
     planner = _planner(job, scores)
     with job.stage("selection"):
@@ -108,8 +104,9 @@ def survey(
         latencies = latencies_without(job, plans)
     with job.stage("losses"):
         fits = fit_all(job.scorer, plans, [job.parts(plan) for plan in plans])
+    with job.stage("evaluation"):
         accuracies = [
-            None if evaluate is None else evaluate(cut_and_fold(job.original, plan, fit.maps)[0])
+            job.judge(cut_and_fold(job.original, plan, fit.maps)[0]).figure
             for plan, fit in zip(plans, fits, strict=True)
         ]
     return tuple(

@@ -12,6 +12,7 @@ from typing import Any
 from fxprune.graph.regions import Rejection
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.recovery.fidelity import Fidelities
+from fxprune.recovery.judging import Accuracy
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
@@ -37,6 +38,8 @@ class CompressionReport:
         fold_error: Largest difference at the tap between adaptors in place and folded, relative to the largest feature;
             None where no adaptor was fitted for the final network.
         parameters: Parameters before and after.
+        accuracy: Of the original (`before`) and of the compressed network (`after`), None without `labels`.
+        evaluation: What the user's `evaluate` returned for each of the two, None without one.
         peak_memory_bytes: Most memory the process (on CUDA: the allocator) has held.
         settings: What was asked for.
         seed: Of every random draw.
@@ -54,6 +57,8 @@ class CompressionReport:
     entropy: float | None
     fold_error: float | None
     parameters: tuple[int, int]
+    accuracy: Mapping[str, Accuracy] | None
+    evaluation: Mapping[str, float] | None
     peak_memory_bytes: int | None
     settings: Mapping[str, Any]
     seed: int
@@ -137,6 +142,7 @@ class CompressionReport:
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
         lines.extend(self._fidelity_lines())
         lines.extend(entropy_lines(self.entropy))
+        lines.extend(self._judgement_lines())
         if self.fold_error is not None:
             lines.append(
                 f"folding the adaptors changed the features by {self.fold_error:.1e} of their largest value"
@@ -169,6 +175,19 @@ class CompressionReport:
                     f"{on} same top-1 class as the original on {100 * first.agreement:.1f} % after the cut, "
                     f"{100 * last.agreement:.1f} % at the end"
                 )
+        return lines
+
+    def _judgement_lines(self) -> list[str]:
+        """What the user's own measures say of both networks."""
+        lines: list[str] = []
+        if self.accuracy is not None:
+            before, after = self.accuracy["before"], self.accuracy["after"]
+            where = f"on {after.images} labelled images"
+            lines.append(f"top-1 accuracy {100 * before.top1:.2f} -> {100 * after.top1:.2f} % {where}")
+            if before.top5 is not None and after.top5 is not None:
+                lines.append(f"top-5 accuracy {100 * before.top5:.2f} -> {100 * after.top5:.2f} % {where}")
+        if self.evaluation is not None:
+            lines.append(f"evaluation {self.evaluation['before']:.4g} -> {self.evaluation['after']:.4g}")
         return lines
 
     def _latency_line(self) -> str:

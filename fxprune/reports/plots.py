@@ -27,7 +27,7 @@ def front_svg(points: Sequence[tuple[float, float, str]], *, x_name: str, y_name
     """
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1.0
-    y_low, y_high = 0.0, max(ys) if max(ys) > 0 else 1.0
+    y_low, y_high = min(0.0, *ys), max(ys) if max(ys) > 0 else 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = _MARGIN + (x - x_low) / (x_high - x_low) * (_WIDTH - 2 * _MARGIN)
@@ -40,7 +40,7 @@ def front_svg(points: Sequence[tuple[float, float, str]], *, x_name: str, y_name
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
     ]
     for tick in _ticks(x_low, x_high):
-        x, y = place(tick, 0.0)
+        x, y = place(tick, y_low)
         parts.append(f'<line x1="{x}" y1="{_MARGIN}" x2="{x}" y2="{y}" stroke="#ddd"/>')
         parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{tick:.3g}</text>')
     for tick in _ticks(y_low, y_high):

@@ -9,6 +9,7 @@ from typing import Any
 
 from fxprune.measurements import LatencyComparison
 from fxprune.reports.compression import entropy_lines, plain
+from fxprune.reports.plots import front_svg
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore
 
@@ -23,7 +24,8 @@ class SweepPoint:
         dropped: Labels of its regions.
         recovery_loss: Mean squared error at the tap, adaptors fitted together, before mimicking.
         latency: The network without them, against the original.
-        accuracy: What the user's `evaluate` said of it with the adaptors folded in, None without one.
+        accuracy: Of it with the adaptors folded in: top-1 on the user's `labels`, or what the user's `evaluate` said;
+            None without either.
     """
 
     dropped: tuple[str, ...]
@@ -39,7 +41,8 @@ class SweepReport:
     Attributes:
         points: Of 1, 2, 3 ... regions.
         scores: Of single regions.
-        accuracy: Of the original, None without `evaluate`.
+        accuracy: The same of the original.
+        labelled: Images that were given with `labels`, None without them.
         entropy: As in `CompressionReport`.
         settings: What was asked for.
         durations: Seconds that each stage took.
@@ -51,12 +54,30 @@ class SweepReport:
     points: tuple[SweepPoint, ...]
     scores: tuple[BlockScore, ...]
     accuracy: float | None
+    labelled: int | None
     entropy: float | None
     settings: Mapping[str, Any]
     durations: Mapping[str, float]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+
+    def plots(self) -> dict[str, str]:
+        """The front by loss, and where there are accuracies by accuracy, from the original on: SVG by file name."""
+        places = [1e3 * point.latency.after.median_s for point in self.points]
+        labels = [f"k={len(point.dropped)}" for point in self.points]
+        losses = [point.recovery_loss for point in self.points]
+        spots = list(zip(places, losses, labels, strict=True))
+        plots = {"sweep.svg": front_svg(spots, x_name="latency, ms", y_name="recovery loss")}
+        if self.accuracy is not None:
+            spots = [(1e3 * self.points[0].latency.before.median_s, self.accuracy, "original")]
+            spots += [
+                (place, point.accuracy, label)
+                for place, point, label in zip(places, self.points, labels, strict=True)
+                if point.accuracy is not None
+            ]
+            plots["sweep_accuracy.svg"] = front_svg(spots, x_name="latency, ms", y_name="accuracy")
+        return plots
 
     def to_json(self) -> str:
         """Everything as JSON text."""
@@ -78,5 +99,9 @@ class SweepReport:
                 ]
             )
         headers = ["k", "drops also", "ms", "latency ratio", "recovery loss", "accuracy"]
+        lines: list[str] = []
+        if self.accuracy is not None:
+            where = "" if self.labelled is None else f", top-1 on {self.labelled} labelled images"
+            lines.append(f"accuracy of the original {100 * self.accuracy:.2f} %{where}")
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([render(headers, rows), *entropy_lines(self.entropy), *notes])
+        return "\n".join([render(headers, rows), *lines, *entropy_lines(self.entropy), *notes])
