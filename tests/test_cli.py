@@ -147,6 +147,7 @@ def test_wrong_usage_gives_2(argv: list[str], capsys: pytest.CaptureFixture[str]
         (["sweep", "m", "--data", "d", "--mean", "1,2"], "'1,2' is not three numbers"),
         (["sweep", "m", "--data", "d", "--std", "a,b,c"], "'a,b,c' is not three numbers"),
         (["sweep", "m", "--data", ""], "--data: the path is empty"),
+        (["sweep", "m", "--data", "d", "--labels", ""], "--labels: the path is empty"),
         (["sweep", "m", "--data", "d", "--out", ""], "--out: the path is empty"),
         (["compress", "m", "--k", "1", "--data", "d", "--out", ""], "--out: the path is empty"),
         (["demo", "--out", ""], "--out: the path is empty"),
@@ -315,6 +316,7 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
         "ignore": ("stem",),
         "tap": "relu_3",
         "images": 2,
+        "labels": None,
         "latency_batch": None,
         "cache_bytes": 64 * 2**20,
         "submodule": None,
@@ -338,6 +340,45 @@ def test_compress_json_without_out_writes_nothing(traced, replace, photos, tmp_p
     assert json.loads(captured.out) == {"k": 2}
     assert "skipped 1 image files" in captured.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize("command", [["compress", "--k", "1"], ["sweep"]], ids=["compress", "sweep"])
+def test_labelled_images_are_prepared_like_the_others(
+    command: list[str], traced, replace, photos, tmp_path
+) -> None:
+    verb = replace(command[0], traced.result if command[0] == "compress" else Report())
+    replace("report", Report())
+    for number, name in enumerate(("ant", "bee")):
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        picture = np.full(
+            (20, 20, 3), number, dtype=np.uint8
+        )  # of the same grey as the calibration image of that name
+        Image.fromarray(picture).save(tmp_path / "labelled" / name / "0.png")
+    (photos / "bad.png").unlink()
+    argv = [
+        "m",
+        "--data",
+        str(photos),
+        "--labels",
+        str(tmp_path / "labelled"),
+        "--size",
+        "8",
+        "--no-progress",
+    ]
+    assert cli.main([*command, *argv, "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6"]) == 0
+    loader = verb.args[1]
+    ((pictures, labels),) = verb.kwargs["labels"]
+    assert labels.tolist() == [0, 1]
+    (calibration,) = loader
+    by_name = {path.stem: picture for path, picture in zip(loader.paths, calibration, strict=True)}
+    assert torch.equal(pictures, torch.stack([by_name["0"], by_name["1"]]))
+
+
+def test_labels_without_folders_of_classes_are_wrong_usage(traced, replace, photos, capsys) -> None:
+    compress = replace("compress", None)
+    argv = ["compress", "m", "--k", "1", "--data", str(photos), "--labels", str(photos), "--size", "8"]
+    assert cli.main(argv) == 2
+    assert "holds no labelled images" in capsys.readouterr().err and compress.calls == []
 
 
 def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
@@ -411,6 +452,7 @@ def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) ->
         "kinds": ("identity", "sequential"),
         "tap": None,
         "images": 2,
+        "labels": None,
         "latency_batch": None,
         "cache_bytes": 2 * 2**30,
         "ignore": (),

@@ -15,7 +15,7 @@ from torch import nn
 from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell import images as shell_images
-from fxprune.shell.images import IMAGENET_MEAN, IMAGENET_STD, load_images
+from fxprune.shell.images import BATCH, IMAGENET_MEAN, IMAGENET_STD, load_images, load_labelled
 from fxprune.shell.sources import load_model, load_weights, onnx_inputs
 
 
@@ -397,3 +397,57 @@ def test_files_that_are_no_onnx(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"certainly no protobuf")
     with pytest.raises(SourceError):
         onnx_inputs(tmp_path / "bad.onnx")
+
+
+# --- labelled folders ---
+
+
+def test_classes_are_the_folders_in_order_of_their_names(photos: Path) -> None:
+    (photos / "bats").mkdir()  # no image of this class, which is an output of the network all the same
+    (photos / ".hidden").mkdir()
+    Image.new("RGB", (9, 9)).save(photos / ".hidden" / "x.png")
+    labelled = load_labelled(photos, size=28)
+    assert [(label, path.name) for label, path in zip(labelled.labels, labelled.paths, strict=True)] == [
+        (1, "1.jpg"),
+        (1, "3.bmp"),
+        (1, "5.png"),
+        (2, "0.png"),
+        (2, "2.JPEG"),
+        (2, "4.webp"),
+    ]
+    plain = load_images(photos, size=28)
+    by_path = dict(zip(plain.paths, next(iter(plain)), strict=True))
+    for _ in range(2):  # it can be read again and again
+        ((pictures, labels),) = labelled
+        assert labels.tolist() == [1, 1, 1, 2, 2, 2] and labels.dtype == torch.int64
+        assert torch.equal(pictures, torch.stack([by_path[path] for path in labelled.paths]))
+
+
+def test_labelled_images_come_in_batches(tmp_path: Path) -> None:
+    for name, count in (("a", BATCH - 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (9, 9)).save(tmp_path / name / f"{index}.png")
+    labels = [labels.tolist() for _, labels in load_labelled(tmp_path, size=8)]
+    assert labels == [[0] * (BATCH - 1) + [1], [1]]
+
+
+def test_a_labelled_image_that_cannot_be_read_is_named(photos: Path) -> None:
+    (photos / "cats" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(SourceError, match=r"1\.jpg cannot be read as an image"):
+        list(load_labelled(photos, size=8))
+
+
+def test_folders_without_labelled_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        load_labelled(tmp_path / "none")
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(SourceError, match="holds no image"):
+        load_labelled(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "flat.png")
+    with pytest.raises(SourceError, match="holds no labelled images: it must hold one folder for each class"):
+        load_labelled(tmp_path)
+    with pytest.raises(OptionError, match="size is 0"):
+        load_labelled(tmp_path, size=0)
+    with pytest.raises(OptionError, match="standard deviations above 0"):
+        load_labelled(tmp_path, std=(1.0, 0.0, 1.0))

@@ -97,6 +97,8 @@ def _add_job(parser: ArgumentParser, selections: tuple[str, ...], out: str) -> N
     _add_model(parser)
     add("--out", type=_path, metavar="OUT/", help=out)
     add("--data", type=_path, required=True, metavar="IMAGES/", help="folder of images; labels are not used")
+    labels = "labelled images to measure accuracy on: a folder for each class, in the order of the network's outputs"
+    add("--labels", type=_path, metavar="LABELLED/", help=labels)
     add("--images", type=_positive, default=500, help="calibration images to draw (500)")
     add("--mean", type=_channels, default=_IMAGENET_MEAN, metavar="R,G,B")
     add("--std", type=_channels, default=_IMAGENET_STD, metavar="R,G,B")

@@ -147,22 +147,18 @@ def _recover(args: argparse.Namespace) -> None:
     """What `compress` and `sweep` do; a folder that cannot be written is found before anything is read."""
     import fxprune
     from fxprune.files import check_writable
-    from fxprune.shell.images import load_images
+    from fxprune.shell.images import load_images, load_labelled
 
     with _together() as talks:
         if args.out is not None:
             check_writable(args.out)
         settings = _asked_for(args, talks)
         model = _model(args)
-        loader = load_images(
-            args.data,
-            size=args.size,
-            mean=args.mean,
-            std=args.std,
-            limit=args.images,
-            seed=args.seed,
-            progress=settings["progress"],
-        )
+        prepared = {"size": args.size, "mean": args.mean, "std": args.std}
+        if args.labels is not None:
+            settings["labels"] = load_labelled(args.labels, **prepared)
+        progress = settings["progress"]
+        loader = load_images(args.data, limit=args.images, seed=args.seed, progress=progress, **prepared)
         report: Any
         if args.command == "sweep":
             report = fxprune.sweep(model, loader, **settings)

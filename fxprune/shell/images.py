@@ -1,4 +1,4 @@
-"""A folder of photographs as calibration images: drawn, decoded once, normalised batch by batch."""
+"""Folders of photographs: calibration images, drawn and decoded once; labelled ones, decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,17 @@ from tqdm import tqdm
 
 from fxprune.errors import OptionError, SourceError
 
-__all__ = ["BATCH", "IMAGENET_MEAN", "IMAGENET_STD", "MOST_ASPECT", "SUFFIXES", "ImageBatches", "load_images"]
+__all__ = [
+    "BATCH",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MOST_ASPECT",
+    "SUFFIXES",
+    "ImageBatches",
+    "LabelledFolder",
+    "load_images",
+    "load_labelled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +66,49 @@ class ImageBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         for pixels in torch.split(self.pixels, BATCH):
-            yield functional.normalize(pixels.float() / 255, self.mean, self.std)
+            yield _normalised(pixels, self.mean, self.std)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledFolder:
+    """Images with their classes, prepared as `load_images` does and decoded anew whenever they are iterated over.
+
+    Attributes:
+        paths: The files, class by class.
+        labels: The index of each one's class.
+        size: Height and width in pixels.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of float32 `[N, 3, size, size]` and int64 `[N]`.
+
+        Raises:
+            SourceError: A file cannot be read as an image; it is named.
+        """
+        for start in range(0, len(self.paths), BATCH):
+            rows = slice(start, start + BATCH)
+            pixels = torch.stack([self._decode(path) for path in self.paths[rows]])
+            yield _normalised(pixels, self.mean, self.std), torch.tensor(self.labels[rows])
+
+    def _decode(self, path: Path) -> Tensor:
+        try:
+            with _no_bombs():
+                return _decode(path, self.size)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise whatever a damaged file leads them into
+            raise SourceError(
+                f"{path} cannot be read as an image ({error}): repair it or take it out, so that it is clear which "
+                "images the accuracy is measured on"
+            ) from error
 
 
 def load_images(
@@ -89,19 +142,14 @@ def load_images(
     """
     if size < 1 or limit < 1:
         raise OptionError(f"size is {size} and limit {limit}: give 1 or more.")
-    if (len(mean), len(std)) != (3, 3) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise OptionError(
-            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
-            "and standard deviations above 0."
-        )
+    _check_channels(mean, std)
     candidates = _image_files(Path(folder))
     random.Random(seed).shuffle(candidates)
     images: dict[Path, Tensor] = {}
     unreadable: list[str] = []
     wanted = min(limit, len(candidates))
     bar = tqdm(total=wanted, desc="reading images", unit="image", disable=not progress, leave=False)
-    with bar, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with bar, _no_bombs():
         for path in candidates:
             if len(images) == limit:
                 break
@@ -120,6 +168,68 @@ def load_images(
         )
     logger.info("Read %d of %d images in %s.", len(images), len(candidates), folder)
     return ImageBatches(torch.stack([*images.values()]), (*images,), (*unreadable,), mean, std)
+
+
+def load_labelled(
+    folder: str | Path,
+    *,
+    size: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> LabelledFolder:
+    """All images of a folder that holds one folder for each class (ImageFolder's layout).
+
+    Args:
+        folder: Folders directly below it are the classes, hidden ones left out; in the order of their names they are
+            the network's outputs, an empty one too. Images are searched for in each and in all folders below it.
+        size: As for `load_images`.
+        mean: As for `load_images`.
+        std: As for `load_images`.
+
+    Raises:
+        OptionError: A number is out of range.
+        SourceError: The folder is missing, or holds no folders, or these hold no images.
+    """
+    if size < 1:
+        raise OptionError(f"size is {size}: give 1 or more.")
+    _check_channels(mean, std)
+    files = _image_files(Path(folder))
+    classes = sorted(
+        path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    index = {name: label for label, name in enumerate(classes)}
+    found = [(path.relative_to(folder).parts, path) for path in files]
+    labelled = [(index[parts[0]], path) for parts, path in found if len(parts) > 1 and parts[0] in index]
+    if not labelled:
+        raise SourceError(
+            f"The folder {folder} holds no labelled images: it must hold one folder for each class, with the class's "
+            "images inside."
+        )
+    labelled.sort()
+    labels, paths = zip(*labelled, strict=True)
+    return LabelledFolder(paths, labels, size, mean, std)
+
+
+def _check_channels(mean: Sequence[float], std: Sequence[float]) -> None:
+    if (len(mean), len(std)) != (3, 3) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise OptionError(
+            f"mean is {tuple(mean)} and std {tuple(std)}: give three finite numbers each, for red, green and blue, "
+            "and standard deviations above 0."
+        )
+
+
+def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 images out of uint8 ones."""
+    normalised: Tensor = functional.normalize(pixels.float() / 255, mean, std)
+    return normalised
+
+
+@contextmanager
+def _no_bombs() -> Iterator[None]:
+    """Makes an error of a picture with more pixels than Pillow holds to be sane."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _image_files(folder: Path) -> list[Path]:
