@@ -95,7 +95,8 @@ class Options:
         tap: Node or module whose output is mimicked, if not the features before the final pooling.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
-        images: Most calibration images to use.
+        images: Most calibration images to use; of 20 or more a fifth is held back, to measure on what nothing was
+            fitted to.
         labels: Labelled images to measure accuracy on, never to fit to: a loader that can be read several times, whose
             batches are `(inputs, labels)`, or a dataset of such pairs. Inputs are like the calibration images, labels
             are whole numbers `[N]`, indices of the network's outputs. `input_fn` is given the whole pair.

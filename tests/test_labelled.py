@@ -19,7 +19,7 @@ from fxprune.calibration.labelled import LabelledImages
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
 from fxprune.options import Options
-from fxprune.recovery.judging import Accuracy, accuracy
+from fxprune.recovery.judging import Accuracy, Judge, Judgement, accuracy
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
@@ -144,6 +144,25 @@ def test_a_sweep_has_an_accuracy_at_every_point_and_plots_it(tmp_path: Path) -> 
     assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 5
     sweep(out=tmp_path)
     assert not (tmp_path / "sweep_accuracy.svg").exists()  # it belongs to the run before
+
+
+def test_a_sweep_without_a_measure_builds_no_network_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("fxprune.pipeline.stages.cut_and_fold", built)
+    assert [point.accuracy for point in sweep().points] == [None] * 4
+
+
+def test_one_process_judges_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Judgement(None, 0.25)
+    monkeypatch.setattr("fxprune.recovery.judging.on_main", lambda judge: told)  # as on another rank
+
+    def never(network: nn.Module) -> float:
+        raise AssertionError("judged here too")
+
+    assert Judge(None, never, "cpu")(nn.Identity()) is told
+    assert Judge(None, None, "cpu")(nn.Identity()) == Judgement(None, None)
 
 
 # --- what is refused ---

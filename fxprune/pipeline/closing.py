@@ -35,10 +35,10 @@ __all__ = ["EXAMPLE", "REPORT", "close", "close_sweep"]
 
 logger = logging.getLogger(__name__)
 
+Figure = TypeVar("Figure")
+
 REPORT = "fxprune_report"
 """Key of the report in a compressed graph's `meta`."""
-
-Figure = TypeVar("Figure")
 
 EXAMPLE = "fxprune_example"
 """Key of inputs of the right shapes there, noise in place of the customer's images."""

@@ -132,9 +132,8 @@ def make_job(
             store = _store(folder, original, discovery, options)
             scorer = StoredScorer(scorer, store)
     judge = Judge(labels, evaluate, original.device)
-    with stage(
-        "evaluation"
-    ):  # now, so that labels and functions that cannot be used are refused before long work
+    # now, so that labels and functions that cannot be used are refused before any long work
+    with stage("evaluation"):
         judged = judge(graph)
     return Job(
         options,

@@ -106,7 +106,7 @@ def survey(job: Job, scores: Sequence[BlockScore]) -> tuple[SweepPoint, ...]:
         fits = fit_all(job.scorer, plans, [job.parts(plan) for plan in plans])
     with job.stage("evaluation"):
         accuracies = [
-            job.judge(cut_and_fold(job.original, plan, fit.maps)[0]).figure
+            job.judge(cut_and_fold(job.original, plan, fit.maps)[0]).figure if job.judge.has_measure else None
             for plan, fit in zip(plans, fits, strict=True)
         ]
     return tuple(

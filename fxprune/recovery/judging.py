@@ -73,6 +73,11 @@ class Judge:
     evaluate: Evaluate | None
     device: str
 
+    @property
+    def has_measure(self) -> bool:
+        """Whether there is anything to judge by."""
+        return self.labels is not None or self.evaluate is not None
+
     def __call__(self, network: nn.Module) -> Judgement:
         """Judges one network.
 
@@ -85,7 +90,7 @@ class Judge:
             measured = None if self.labels is None else accuracy(network, self.labels, self.device)
             return Judgement(measured, None if self.evaluate is None else self._evaluated(network))
 
-        return on_main(judge)
+        return on_main(judge) if self.has_measure else Judgement(None, None)
 
     def _evaluated(self, network: nn.Module) -> float:
         assert self.evaluate is not None
