@@ -192,15 +192,17 @@ def test_well_below_is_by_more_than_chance_and_two_points(fidelity: Fidelities, 
     assert (overfitted(fidelity) is not None) == warns
 
 
+@pytest.mark.parametrize(("after", "warns"), [(0.0, True), (1.0, False)])
 def test_the_report_warns_of_a_network_that_learnt_its_images(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    after: float, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda first, _: float(len(first.named) == 32))
+    shares = iter([1.0, 1.0 - after, 1.0, after])  # fitted and held back, before mimicking and after it
+    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: next(shares))
     with caplog.at_level(logging.WARNING):
         report = reported(images(40))
     words = "names the original's class on 100.0 % of the 32 images that it was fitted to, but on only 0.0 % of the 8"
-    assert any(words in note for note in report.notes)
-    assert words in caplog.text and words in str(report)
+    assert any(words in note for note in report.notes) == warns
+    assert (words in caplog.text) == (words in str(report)) == warns
 
 
 def test_the_report_does_not_warn_without_a_reason() -> None:
