@@ -13,7 +13,7 @@ __all__ = ["RECIPES", "FitSettings", "Recipe", "Selection", "recipe_named"]
 
 Optimizer = Literal["sgd", "adam", "relative-adam", "width-adam"]
 Schedule = Literal["step", "cosine", "constant"]
-BatchNormMode = Literal["eval", "train"]
+BatchNormMode = Literal["eval", "train", "either"]
 Selection = Literal["greedy", "independent", "exact"]
 
 
@@ -34,11 +34,17 @@ class FitSettings:
         warmup: Iterations in which the rate rises from nothing, on top of the schedule.
         batch_size: Images a step, or all of them if there are fewer.
         max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
-        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them.
+        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them, `either` lets
+            probes tell which of the two suits the network and its images.
         augment: Whether images are cropped and flipped at random.
         cutmix: Whether a box of each image is replaced by that of another one: more kinds of images from a few.
-        unnormalised_rate: Learning rate where no batch norm normalises by the batch, and so keeps training stable.
-        retries: How often a fit that ended above the error it began with is done again at a tenth of its rate.
+        rates: Learning rates among which probes choose, from the largest down; with none it is `learning_rate`.
+        probe_iterations: Steps of each probe.
+        looks: How often the error on held-back images is looked at, the end included; the best state is kept.
+        near_iterations: Steps in front of the others that compare at the junctions right behind the cuts and train what
+            lies before those: a small part of the network, so that they are cheap, and bear a larger rate.
+        junctions: Whether features are compared at junctions before the tap too, each by its variance.
+        changed_only: Whether what lies before the first change is left alone: it answers the same in both networks.
 
     Raises:
         OptionError: A value is out of range.
@@ -56,8 +62,12 @@ class FitSettings:
     batch_norm: BatchNormMode = "eval"
     augment: bool = True
     cutmix: bool = False
-    unnormalised_rate: float | None = None
-    retries: int = 0
+    rates: tuple[float, ...] = ()
+    probe_iterations: int = 20
+    looks: int = 1
+    near_iterations: int = 0
+    junctions: bool = False
+    changed_only: bool = False
 
     def __post_init__(self) -> None:
         count = "it must be a whole number, 0 or more"
@@ -74,12 +84,10 @@ class FitSettings:
                 ("batch_size", is_whole(self.batch_size), "it must be a whole number, 1 or more"),
                 ("max_pixels", self.max_pixels is None or is_whole(self.max_pixels), "it must be positive"),
                 one_of("batch_norm", self.batch_norm, BatchNormMode),
-                (
-                    "unnormalised_rate",
-                    self.unnormalised_rate is None or is_number(self.unnormalised_rate, 0),
-                    "it must be positive",
-                ),
-                ("retries", is_whole(self.retries, 0), count),
+                ("rates", all(is_number(rate, 0) for rate in self.rates), "they must be positive"),
+                ("probe_iterations", is_whole(self.probe_iterations), "it must be a whole number, 1 or more"),
+                ("near_iterations", is_whole(self.near_iterations, 0), count),
+                ("looks", is_whole(self.looks), "it must be a whole number, 1 or more"),
             ),
         )
 
@@ -147,16 +155,18 @@ RECIPES: dict[str, Recipe] = {
         mimic=FitSettings(
             optimizer="relative-adam",
             iterations=400,
-            learning_rate=3e-2,
-            unnormalised_rate=3e-3,
-            retries=1,
+            rates=(3e-2, 1e-2, 3e-3, 1e-3),
+            looks=8,
+            near_iterations=100,
             weight_decay=0.0,
             schedule="cosine",
             warmup=10,
             batch_size=64,
             max_pixels=2**20,
-            batch_norm="train",
+            batch_norm="either",
             cutmix=True,
+            junctions=True,
+            changed_only=True,
         ),
         fold_first=True,
         selection="greedy",

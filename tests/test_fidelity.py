@@ -14,7 +14,7 @@ import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import Inputs
-from fxprune.recovery.answers import Answers, agreement, alike, answers, class_scores, entropy
+from fxprune.judging.answers import Answers, agreement, alike, answers, class_scores, entropy
 from fxprune.recovery.fidelity import Fidelities, Fidelity, overfitted
 from fxprune.reports.compression import CompressionReport
 from tests.doubles import brief, count_latency

@@ -18,8 +18,8 @@ from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.labelled import LabelledImages
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
+from fxprune.judging.judge import Accuracy, Judge, Judgement, accuracy
 from fxprune.options import Options
-from fxprune.recovery.judging import Accuracy, Judge, Judgement, accuracy
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
@@ -156,7 +156,7 @@ def test_a_sweep_without_a_measure_builds_no_network_for_one(monkeypatch: pytest
 
 def test_one_process_judges_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Judgement(None, 0.25)
-    monkeypatch.setattr("fxprune.recovery.judging.on_main", lambda judge: told)  # as on another rank
+    monkeypatch.setattr("fxprune.judging.judge.on_main", lambda judge: told)  # as on another rank
 
     def never(network: nn.Module) -> float:
         raise AssertionError("judged here too")

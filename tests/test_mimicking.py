@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,11 +16,13 @@ from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
 from fxprune.options import RECIPES, FitSettings
+from fxprune.recovery import mimicking
 from fxprune.recovery import recover as recovery
+from fxprune.recovery.comparison import compare_whole
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
-from fxprune.recovery.training import optimise
+from fxprune.recovery.training import adaptable_norms, fit_features, optimise, trainable_parameters
 from tests.tiny import images, tiny
 
 
@@ -31,7 +33,7 @@ class Normalised(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
         self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
-        self.tail = nn.Conv2d(6, 6, 1)
+        self.tail = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,25 +77,33 @@ def test_pixels_are_counted_where_there_are_images(shapes: list[tuple[int, ...]]
     [
         ("warmup", -1),
         ("max_pixels", 0),
-        ("retries", -1),
-        ("unnormalised_rate", 0.0),
+        ("looks", 0),
+        ("probe_iterations", 0),
+        ("rates", (0.1, 0.0)),
         ("learning_rate", -1.0),
         ("momentum", 1.0),
         ("batch_size", 0),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(field: str, value: float) -> None:
-    with pytest.raises(OptionError, match=f"{field} is {value}; it must"):
-        FitSettings(**{field: value})
+def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(OptionError, match=f"{field} is {re.escape(str(value))}; (it|they) must"):
+        FitSettings(**{field: value})  # type: ignore[arg-type]
 
 
 def recovered(
-    network: nn.Module, pictures: Tensor, *, front_end: str = "fx", **settings: object
+    network: nn.Module,
+    pictures: Tensor,
+    *,
+    front_end: str = "fx",
+    held_back: CalibrationSet | None = None,
+    **settings: object,
 ) -> Recovered:
     gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]
     region = fxprune.discover(gm).regions[0]
-    mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **{"iterations": 30, **settings})  # type: ignore[arg-type]
-    return recovery.recover(Original(gm, find_tap(gm), draw([pictures])), [region], {}, mimic)
+    given = {"near_iterations": 0, "iterations": 30, "probe_iterations": 4, **settings}
+    mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **given)  # type: ignore[arg-type]
+    original = Original(gm, find_tap(gm), draw([pictures]))
+    return recovery.recover(original, [region], {}, mimic, held_back=held_back)
 
 
 def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> None:
@@ -114,55 +124,113 @@ def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> Non
     assert again == pytest.approx(result.loss_after, rel=1e-5)
 
 
-def test_a_rate_that_diverges_is_undone_and_a_tenth_of_it_tried() -> None:
-    result = recovered(tiny(), images(), optimizer="sgd", unnormalised_rate=20.0, momentum=0.0, retries=3)
+def test_of_rates_that_diverge_and_one_that_does_not_the_latter_is_found() -> None:
+    result = recovered(tiny(), images(), optimizer="sgd", momentum=0.0, rates=(1e6, 20.0, 0.02))
+    (fit,) = result.mimicking
+    assert fit.learning_rate == 0.02
+    assert [probe.learning_rate for probe in fit.probes] == [1e6, 20.0, 0.02]
     assert result.loss_after < result.loss_before
-    assert 1 <= len(result.notes) <= 3
-    assert result.notes[0].startswith("mimicking at a learning rate of 20 raised")
+    assert not result.notes
 
 
-def test_when_no_rate_is_left_the_network_is_as_before_mimicking() -> None:
-    result = recovered(tiny(), images(), iterations=3, warmup=0, unnormalised_rate=2.0, retries=0)
+def test_probes_stop_where_a_smaller_rate_does_worse() -> None:
+    result = recovered(tiny(), images(), rates=(1e-6, 3e-3, 1e-2, 1e-7))
+    (fit,) = result.mimicking
+    tried = [probe.learning_rate for probe in fit.probes]
+    errors = [probe.feature_error for probe in fit.probes]
+    assert tried == [1e-2, 3e-3]
+    assert errors[0] < errors[1] < result.loss_before
+    assert fit.learning_rate == 1e-2
+    assert fit.iterations == 34  # from where the probe ended
+
+
+@pytest.mark.parametrize("rate", [2.0, 1e8])
+def test_where_nothing_helps_the_network_is_as_before_mimicking(rate: float) -> None:
+    result = recovered(
+        tiny(), images(), optimizer="sgd", rates=(), learning_rate=rate, momentum=0.0, iterations=60
+    )
     assert result.loss_after == result.loss_before
-    assert len(result.notes) == 1 and "undone" in result.notes[0]
+    (fit,) = result.mimicking
+    assert fit.best == 0
+    assert len(result.notes) == 1 and f"at a learning rate of {rate:g}, did not lower" in result.notes[0]
     assert torch.equal(result.graph.state_dict()["stem.weight"], tiny().stem.weight)
 
 
-def test_a_loss_that_is_never_finite_is_an_error() -> None:
-    with pytest.raises(CalibrationError, match="mimicking loss of mimicking is"):
-        recovered(tiny(), images(), optimizer="sgd", iterations=60, unnormalised_rate=1e8, retries=1)
+def test_features_that_are_not_finite_to_begin_with_are_an_error() -> None:
+    network = tiny()
+    network.stem.weight.data[0] = float("inf")
+    with pytest.raises(CalibrationError, match="feature error in front of mimicking is nan"):
+        recovered(network, images())
 
 
-@pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The learning rates that recovery fits with, in order."""
+def test_the_best_state_is_kept_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    real = recovery.fit_features
+    measured = mimicking._Best._measured
 
-    def noting(*arguments: object, **keywords: object) -> None:
-        seen.append(arguments[4].learning_rate)  # type: ignore[attr-defined]
-        real(*arguments, **keywords)  # type: ignore[arg-type]
+    def noting(self: mimicking._Best) -> float:
+        seen.append(measured(self))
+        return seen[-1]
 
-    monkeypatch.setattr(recovery, "fit_features", noting)
-    yield seen
+    monkeypatch.setattr(mimicking._Best, "_measured", noting)
+    settings = {"rates": (), "learning_rate": 0.3, "schedule": "constant", "iterations": 5, "looks": 5}
+    result = recovered(tiny(), images(), **settings)
+    (fit,) = result.mimicking
+    assert len(seen) == 6
+    assert seen[-1] > min(seen) < seen[0]  # else this test shows nothing
+    assert result.loss_after == pytest.approx(min(seen), rel=1e-4)
+    assert fit.best == seen.index(min(seen))
+
+
+def test_held_back_images_judge_and_are_not_fitted() -> None:
+    """The fitted images are noise that a classifier of other noise need not answer alike: they mislead."""
+    others = CalibrationSet(Inputs((images(40, seed=1),)))
+    misled = {"iterations": 30, "rates": (), "learning_rate": 3e-2, "looks": 30, "cutmix": False}
+    dark = images(6) * 0.05
+    result, alone = (recovered(tiny(), dark, held_back=judges, **misled) for judges in (others, None))
+    assert result.after.held_back and result.before.held_back
+    assert result.after.held_back.feature_error < result.before.held_back.feature_error
+    assert result.mimicking[0].best < alone.mimicking[0].best
+    assert alone.loss_after < result.loss_after
+
+
+def test_looks_are_spread_over_the_fit_and_see_the_evaluation_mode() -> None:
+    gm = fxprune.trace(Normalised().eval(), pictures()[:2]).requires_grad_(False)
+    regions = fxprune.discover(gm).regions[:1]
+    original = Original(gm, find_tap(gm), draw([pictures()]))
+    student, _ = recovery.cut_and_fold(original, regions, {})
+    comparison = compare_whole(original, student, surviving_tap(original.tap, regions))
+    steps: list[tuple[int, bool]] = []
+
+    def look(step: int) -> None:
+        steps.append((step, any(norm.training for norm in adaptable_norms(comparison.student))))
+
+    settings = FitSettings(iterations=10, batch_size=4, batch_norm="train", looks=4)
+    fit_features(comparison, trainable_parameters(comparison.student), original, settings, look=look)
+    assert steps == [(3, False), (5, False), (8, False), (10, False)]
+    assert not any(norm.training for norm in adaptable_norms(comparison.student))
+    assert int(student.get_submodule("stem.1").num_batches_tracked) == 10
 
 
 def pictures() -> Tensor:
     return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_network_without_batch_norm_has_a_rate_of_its_own(rates: list[float]) -> None:
-    recovered(tiny(), images(), iterations=2, retries=0)
-    recovered(Normalised().eval(), pictures(), iterations=2, retries=0)
-    recovered(Normalised().eval(), pictures(), iterations=2, retries=0, batch_norm="eval")
-    mimic = RECIPES["fast"].mimic
-    assert [rates[0], *rates[-2:]] == [mimic.unnormalised_rate, mimic.learning_rate, mimic.unnormalised_rate]
+def test_probes_tell_how_batch_norms_normalise_where_there_are_any() -> None:
+    modes = {"either": {"train", "eval"}, "train": {"train"}, "eval": {"eval"}}
+    for asked, tried in modes.items():
+        result = recovered(Normalised().eval(), pictures(), batch_norm=asked)
+        (fit,) = result.mimicking
+        assert {probe.batch_norm for probe in fit.probes} == tried
+        best = min(fit.probes, key=lambda probe: probe.feature_error)
+        chosen = (fit.learning_rate, fit.batch_norm)
+        assert (best.learning_rate, best.batch_norm) == chosen
+    without = recovered(tiny(), images())
+    assert {probe.batch_norm for probe in without.mimicking[0].probes} == {"eval"}
 
 
-def test_batch_norm_that_an_export_fixed_is_told(rates: list[float]) -> None:
+def test_batch_norm_that_an_export_fixed_is_told() -> None:
     result = recovered(Normalised().eval(), pictures(), front_end="export", iterations=2)
     assert any("stayed in evaluation mode: batch_norm" in note for note in result.notes)
-    assert set(rates) <= {RECIPES["fast"].mimic.unnormalised_rate, 3e-4}
 
 
 def test_width_adam_moves_the_outputs_of_all_widths_alike_and_narrow_ones_less() -> None:

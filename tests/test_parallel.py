@@ -24,7 +24,8 @@ from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
 from fxprune.processes import group
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.recovery.features import FeatureReader, surviving_tap
+from fxprune.recovery.comparison import compare_whole
+from fxprune.recovery.features import surviving_tap
 from fxprune.recovery.recover import cut_and_fold
 from fxprune.recovery.training import fit_features, trainable_parameters
 from fxprune.scoring.end_to_end import EndToEndScorer
@@ -76,12 +77,9 @@ class EndToEnd:
 def recovered(network: Tiny, settings: FitSettings, *, shared: bool) -> dict[str, Tensor]:
     regions = network.regions[1:2]
     student, _ = cut_and_fold(network.original, regions, {})
-    readers = (
-        FeatureReader(network.gm, network.tap),
-        FeatureReader(student, surviving_tap(network.tap, regions)),
-    )
-    parameters = trainable_parameters(readers[1].part)
-    fit_features(*readers, parameters, network.original, settings, shared=shared)
+    comparison = compare_whole(network.original, student, surviving_tap(network.tap, regions))
+    parameters = trainable_parameters(comparison.student)
+    fit_features(comparison, parameters, network.original, settings, shared=shared)
     return {name: value.contiguous() for name, value in student.state_dict().items()}
 
 

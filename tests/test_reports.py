@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
+from fxprune.judging.judge import Accuracy
 from fxprune.options import RECIPES
 from fxprune.recovery.fidelity import Fidelities, Fidelity
-from fxprune.recovery.judging import Accuracy
+from fxprune.recovery.mimicking import Mimicking, Probe
 from fxprune.reports.compression import CompressionReport, plain
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
@@ -44,6 +45,10 @@ def report() -> CompressionReport:
         rejections=(Rejection("x", "cat", Reason.CONCATENATION, ("cat",), "joins 2 tensors", "stem"),),
         fidelity_before=Fidelities(Fidelity(50, 0.9, 0.5), Fidelity(12, 0.75, 0.625)),
         fidelity_after=Fidelities(Fidelity(50, 0.96, 0.125), Fidelity(12, 0.875, 0.25)),
+        mimicking=(
+            Mimicking("near the cuts", 0.03, "train", 120, 105, (Probe(0.03, "train", 0.5),)),
+            Mimicking("at the tap", 0.001, "eval", 400, 0, ()),
+        ),
         entropy=0.925,
         fold_error=2e-7,
         parameters=(1000, 800),
@@ -94,6 +99,8 @@ def test_text_says_what_was_cut_saved_and_lost(report: CompressionReport) -> Non
     same = "same top-1 class as the original on"
     assert f"fitted images (50): {same} 90.0 % after the cut, 96.0 % at the end" in lines
     assert f"held-back images (12): {same} 75.0 % after the cut, 87.5 % at the end" in lines
+    assert "mimicked near the cuts at a learning rate of 0.03, best after 105 of 120 steps" in lines
+    assert "mimicked at the tap at a learning rate of 0.001, undone: no step was better" in lines
     entropy = "entropy 92 % of the largest possible"
     assert f"calibration images, by the class that the original names: {entropy}" in lines
     assert "top-1 accuracy 90.00 -> 85.00 % on 80 labelled images" in lines

@@ -16,6 +16,7 @@ from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
 from fxprune.pipeline.job import Job
@@ -24,7 +25,6 @@ from fxprune.pipeline.results import Results
 from fxprune.pipeline.stages import worst_fold_error
 from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
-from fxprune.recovery.judging import Judgement
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.sweep import SweepPoint, SweepReport
@@ -127,6 +127,7 @@ def _report(
         rejections=job.discovery.rejections,
         fidelity_before=recovered.before,
         fidelity_after=recovered.after,
+        mimicking=recovered.mimicking,
         entropy=job.entropy,
         fold_error=worst_fold_error(job, plan) if fold_error is None else fold_error,
         parameters=(_count(job.original.graph), _count(recovered.graph)),

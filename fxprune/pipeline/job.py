@@ -11,9 +11,9 @@ from typing import Any
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.regions import Discovery, Region
+from fxprune.judging.judge import Judge, Judgement
 from fxprune.options import Options
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.recovery.judging import Judge, Judgement
 from fxprune.recovery.original import Original
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore
@@ -47,7 +47,7 @@ class Job:
         discovery: Regions and rejections.
         held_back: Images that nothing is fitted to, a fifth of all; None where there are too few and no
             `min_agreement`.
-        entropy: Of the classes that the original names on all images; see `fxprune.recovery.answers.entropy`.
+        entropy: Of the classes that the original names on all images; see `fxprune.judging.answers.entropy`.
         notes: What the user should know about the images.
         judge: The caller's own measures of a network.
         judged: What they say of the original.

@@ -34,6 +34,8 @@ from fxprune.files import check_writable
 from fxprune.graph.extract import ancestors
 from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
+from fxprune.judging.answers import alike, answers, entropy
+from fxprune.judging.judge import Evaluate, Judge
 from fxprune.memory import memory_explained
 from fxprune.options import Options
 from fxprune.passes import Prepare
@@ -41,8 +43,6 @@ from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
-from fxprune.recovery.answers import alike, answers, entropy
-from fxprune.recovery.judging import Evaluate, Judge
 from fxprune.recovery.original import Original
 from fxprune.scoring.bare import BareScorer
 from fxprune.scoring.cached import CachedScorer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from fxprune.graph.extract import between
 from fxprune.graph.regions import Region
 from fxprune.passes import FoldBatchNorm
 
-__all__ = ["FeatureReader", "feature_loss", "mean_feature_loss", "surviving_tap"]
+__all__ = ["FeatureReader", "feature_loss", "mean_error", "mean_feature_loss", "surviving_tap"]
 
 
 def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
@@ -36,14 +36,19 @@ class FeatureReader:
         tap: Nodes whose values are the features.
         fold: Whether the reader has its batch norms folded, which spares a network that only answers a fifth of its
             time; the network itself stays as it is.
+        copies: Whether the features are copied when they come, so that no later in-place operator changes them.
     """
 
-    def __init__(self, gm: fx.GraphModule, tap: Sequence[str], *, fold: bool = False) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, tap: Sequence[str], *, fold: bool = False, copies: bool = False
+    ) -> None:
         self._gm = gm
         self._placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         self.part = between(gm, self._placeholders, list(tap))
         if fold:
             FoldBatchNorm()(self.part)
+        if copies:
+            _copy_outputs(self.part)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Features of a batch, one tensor for each node of the tap."""
@@ -52,13 +57,23 @@ class FeatureReader:
         return features
 
 
+def _copy_outputs(part: fx.GraphModule) -> None:
+    """Lets a part return copies of its outputs, made before anything else reads them."""
+    end = part.graph.output_node()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in end.all_input_nodes:
+        with part.graph.inserting_after(node):
+            copies[node] = part.graph.call_function(torch.clone, (node,))
+    end.args = fx.node.map_arg(end.args, copies.__getitem__)
+    part.recompile()
+
+
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean squared error over all elements of all features, in float32 or wider."""
     errors = [nn.functional.mse_loss(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)]
     return torch.stack(errors).sum() / sum(t.numel() for t in teacher)
 
 
-@torch.no_grad()
 def mean_feature_loss(
     teacher: FeatureReader,
     student: FeatureReader,
@@ -68,11 +83,21 @@ def mean_feature_loss(
     batch_size: int = 64,
 ) -> float:
     """`feature_loss` over all calibration images, without augmentation."""
+    return mean_error(lambda inputs: (student(inputs), teacher(inputs)), calibration, device, batch_size)
+
+
+@torch.no_grad()
+def mean_error(
+    features: Callable[[Inputs], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    calibration: CalibrationSet,
+    device: str,
+    batch_size: int = 64,
+) -> float:
+    """`feature_loss` of two networks' features, which a function gives for a batch, over all calibration images."""
     total, elements = 0.0, 0
     for batch in calibration.batches(batch_size):
-        inputs = batch.to(device)
-        wanted = teacher(inputs)
+        got, wanted = features(batch.to(device))
         count = sum(t.numel() for t in wanted)
-        total += float(feature_loss(student(inputs), wanted)) * count
+        total += float(feature_loss(got, wanted)) * count
         elements += count
     return total / elements

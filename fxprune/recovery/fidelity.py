@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.regions import Region
-from fxprune.recovery.answers import agreement, answers
+from fxprune.judging.answers import agreement, answers
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.calibration.batches import CalibrationSet
-from fxprune.errors import CalibrationError
 from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings
 from fxprune.passes import Cut, FoldAdaptors
-from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.placement.placement import find_sites
+from fxprune.recovery.comparison import Pair
+from fxprune.recovery.features import FeatureReader, surviving_tap
 from fxprune.recovery.fidelity import Fidelities, fidelities
+from fxprune.recovery.mimicking import Mimicking, mimic
 from fxprune.recovery.original import Original
-from fxprune.recovery.training import adaptable_norms, fit_features, fixed_norms, trainable_parameters
+from fxprune.recovery.training import fixed_norms, trainable_parameters
 
 __all__ = ["Recovered", "cut_and_fold", "recover"]
 
@@ -36,6 +38,7 @@ class Recovered:
         after: The same after it.
         fold_error: See `CompressionReport`.
         notes: What the user should know.
+        mimicking: How the fits of mimicking went, in their order; empty where there was nothing to train.
     """
 
     graph: fx.GraphModule
@@ -43,6 +46,7 @@ class Recovered:
     after: Fidelities
     fold_error: float | None
     notes: tuple[str, ...] = ()
+    mimicking: tuple[Mimicking, ...] = ()
 
     @property
     def loss_before(self) -> float:
@@ -100,61 +104,52 @@ def recover(
         regions: What to drop.
         maps: Fitted adaptors to fold in first; empty for PRACTISE, which mimics from the bare cut.
         settings: Of the mimicking.
-        held_back: Images to measure on beside those of the original; nothing is fitted to them.
+        held_back: Images to measure on beside those of the original, and to tell which settings and which state of
+            mimicking are the best; nothing is fitted to them. Without, the fitted images tell.
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(original, regions, maps)
-    images, device = original.images, original.device
-    teacher = FeatureReader(original.graph, original.tap, fold=True)
-    reader = FeatureReader(student, surviving_tap(original.tap, regions))
     before = fidelities(original, student, regions, held_back)
-    parameters = trainable_parameters(reader.part, student)
-    if not parameters or not settings.iterations:
+    operators = [site.operator for site in maps or find_sites(original.graph, regions).sites]
+    pair = Pair(original, student, regions, operators)
+    whole = pair.at_tap(changed_only=settings.changed_only, junctions=settings.junctions)
+    judges = original.images if held_back is None else held_back
+    fits = [("at the tap", whole, settings)]
+    if settings.near_iterations and (near := pair.at_near_junctions()) is not None:
+        fits.insert(0, ("near the cuts", near, replace(settings, iterations=settings.near_iterations)))
+    done = []
+    for title, comparison, one in fits:
+        parameters = trainable_parameters(comparison.student, student)
+        if parameters and one.iterations:
+            done.append(
+                mimic(
+                    student,
+                    comparison,
+                    parameters,
+                    original,
+                    one,
+                    lambda: whole.error(judges, original.device),
+                    title=title,
+                    progress=progress,
+                )
+            )
+    if not done:
         return Recovered(student, before, before, fold_error)
-
-    def fit(settings: FitSettings) -> float:
-        fit_features(teacher, reader, parameters, original, settings, progress=progress, shared=True)
-        return mean_feature_loss(teacher, reader, images, device=device)
-
-    settings, notes = _suited_to(reader.part, settings)
-    undone = _fit_or_undo(student, fit, settings, before.fitted.feature_error)
-    for note in (*notes, *undone):
+    notes = _norms_that_stay(whole.student, settings)
+    if not any(one.best for one in done):
+        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(one.learning_rate for one in done))
+        notes.append(
+            f"mimicking, at a learning rate of {rates}, did not lower the feature error, so it was undone"
+        )
+    for note in notes:
         logger.warning("%s", note)
     after = fidelities(original, student, regions, held_back)
-    return Recovered(student, before, after, fold_error, (*notes, *undone))
+    return Recovered(student, before, after, fold_error, tuple(notes), tuple(done))
 
 
-def _suited_to(part: fx.GraphModule, settings: FitSettings) -> tuple[FitSettings, list[str]]:
-    """The settings that suit a network's batch norms, and what the user should know about them."""
-    notes: list[str] = []
-    fixed = fixed_norms(part)
-    if settings.batch_norm == "train" and fixed:
-        notes.append(f"batch norms of the exported graph stayed in evaluation mode: {', '.join(fixed)}")
-    normalised = settings.batch_norm == "train" and adaptable_norms(part)
-    if settings.unnormalised_rate is not None and not normalised:
-        settings = replace(settings, learning_rate=settings.unnormalised_rate)
-    return settings, notes
-
-
-def _fit_or_undo(
-    student: nn.Module, fit: Callable[[FitSettings], float], settings: FitSettings, before: float
-) -> list[str]:
-    """Fits, and goes back to the start where that raised the error; returns notes."""
-    start = copy.deepcopy(student.state_dict())  # quantised modules keep more than tensors in it
-    notes: list[str] = []
-    for left in range(settings.retries, -1, -1):
-        try:
-            after = fit(settings)
-        except CalibrationError:  # the loss left the finite numbers
-            if not left:
-                raise
-            after = float("inf")
-        if after < before:
-            return notes
-        notes.append(
-            f"mimicking at a learning rate of {settings.learning_rate:g} raised the feature error from {before:.4g} to "
-            f"{after:.4g}, so it was undone"
-        )
-        student.load_state_dict(start)
-        settings = replace(settings, learning_rate=settings.learning_rate / 10)
-    return notes
+def _norms_that_stay(part: fx.GraphModule, settings: FitSettings) -> list[str]:
+    """What the user should know about batch norms that cannot follow the settings."""
+    fixed = fixed_norms(part) if settings.batch_norm != "eval" else []
+    return (
+        [f"batch norms of the exported graph stayed in evaluation mode: {', '.join(fixed)}"] if fixed else []
+    )

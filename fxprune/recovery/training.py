@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -18,7 +19,7 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.operators import op_name
 from fxprune.options import FitSettings
 from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
-from fxprune.recovery.features import FeatureReader, feature_loss
+from fxprune.recovery.comparison import Comparison
 from fxprune.recovery.optimizers import optimizer_for
 from fxprune.recovery.original import Original
 
@@ -70,15 +71,16 @@ def fixed_norms(part: fx.GraphModule) -> list[str]:
 
 @contextmanager
 def _batch_norm_mode(part: fx.GraphModule, mode: str) -> Iterator[None]:
-    """Lets batch norms normalise by the batch, while the fit lasts."""
+    """Lets batch norms normalise by the batch, or by their running statistics, for a while."""
     norms = adaptable_norms(part)
+    before = [norm.training for norm in norms]
     try:
         for norm in norms:
             norm.train(mode == "train")
         yield
     finally:
-        for norm in norms:
-            norm.eval()
+        for norm, training in zip(norms, before, strict=True):
+            norm.train(training)
 
 
 def optimise(
@@ -88,6 +90,7 @@ def optimise(
     *,
     where: str,
     shared: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Steps through an iterable of losses, each computed lazily with the parameters of that moment.
 
@@ -97,6 +100,7 @@ def optimise(
         settings: Optimiser, rate and schedule.
         where: What is trained, for errors.
         shared: Whether each process has its weighted part of every loss, to be added up over all ranks.
+        after_step: Called with the number of steps taken, after each.
 
     Raises:
         CalibrationError: The loss became infinite or NaN.
@@ -117,11 +121,12 @@ def optimise(
         if shared:
             sum_gradients(parameters)
         optimizer.step()
+        if after_step is not None:
+            after_step(iteration + 1)
 
 
 def fit_features(
-    teacher: FeatureReader,
-    student: FeatureReader,
+    comparison: Comparison,
     parameters: Sequence[nn.Parameter],
     original: Original,
     settings: FitSettings,
@@ -129,14 +134,14 @@ def fit_features(
     progress: bool = False,
     title: str = "mimicking",
     shared: bool = False,
+    look: Callable[[int], None] | None = None,
 ) -> None:
     """Trains some of the student's parameters until its features are the teacher's.
 
     The teacher is frozen and in evaluation mode. What lies behind the tap, the classifier, is not run at all.
 
     Args:
-        teacher: Reader of the original network.
-        student: Reader of the network to train.
+        comparison: Of the original network with the one to train.
         parameters: What to train; everything else stays.
         original: Its images, device and seed are used.
         settings: Optimiser, iterations, augmentation, mode of the batch norms.
@@ -146,6 +151,8 @@ def fit_features(
             part of every batch, and all end with the same parameters. With `batch_norm="eval"` the steps are those of
             a single process; with `"train"` each rank normalises by its own part, and running statistics are averaged
             at the end.
+        look: Called with the number of steps taken, `settings.looks` times at equal distances and at the end, with the
+            network in evaluation mode and alike on all ranks.
 
     Raises:
         CalibrationError: The loss became infinite or NaN.
@@ -161,19 +168,25 @@ def fit_features(
     def losses() -> Iterator[Tensor]:
         for batch in bar:
             part, weight = share_of(batch) if shared else (batch, 1.0)
-            inputs = part.to(original.device)
-            with torch.no_grad():
-                wanted = teacher(inputs)
-            loss = feature_loss(student(inputs), wanted)
+            loss = comparison.loss(part.to(original.device))
             yield loss * weight if shared else loss
+
+    looked_at = {math.ceil(settings.iterations * (i + 1) / settings.looks) for i in range(settings.looks)}
+
+    def after_step(step: int) -> None:
+        if look is not None and step in looked_at:
+            if shared and settings.batch_norm == "train":
+                share_buffers(comparison.student)
+            with _batch_norm_mode(comparison.student, "eval"), torch.no_grad():
+                look(step)
 
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with _batch_norm_mode(student.part, settings.batch_norm), torch.enable_grad():
-            optimise(parameters, losses(), settings, where=title, shared=shared)
+        with _batch_norm_mode(comparison.student, settings.batch_norm), torch.enable_grad():
+            optimise(parameters, losses(), settings, where=title, shared=shared, after_step=after_step)
         if shared and settings.batch_norm == "train":
-            share_buffers(student.part)
+            share_buffers(comparison.student)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

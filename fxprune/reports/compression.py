@@ -10,9 +10,10 @@ from enum import Enum
 from typing import Any
 
 from fxprune.graph.regions import Rejection
+from fxprune.judging.judge import Accuracy
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.recovery.fidelity import Fidelities
-from fxprune.recovery.judging import Accuracy
+from fxprune.recovery.mimicking import Mimicking
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
@@ -33,6 +34,7 @@ class CompressionReport:
         rejections: Candidates that cannot be dropped, with reasons.
         fidelity_before: How near the network was to the original after the cut, before mimicking.
         fidelity_after: The same after mimicking.
+        mimicking: How the fits between the two went, in their order.
         entropy: Of the classes that the original names on all calibration images, over the largest possible, in [0, 1];
             None without class scores or with fewer than two images.
         fold_error: Largest difference at the tap between adaptors in place and folded, relative to the largest feature;
@@ -64,6 +66,7 @@ class CompressionReport:
     seed: int
     durations: Mapping[str, float]
     versions: Mapping[str, str]
+    mimicking: tuple[Mimicking, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -140,6 +143,7 @@ class CompressionReport:
         lines = [render(headers, rows), "", self._latency_line()]
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
+        lines.extend(self._mimicking_lines())
         lines.extend(self._fidelity_lines())
         lines.extend(entropy_lines(self.entropy))
         lines.extend(self._judgement_lines())
@@ -155,6 +159,18 @@ class CompressionReport:
         )
         lines.extend(f"note: {note}" for note in self.notes)
         return lines
+
+    def _mimicking_lines(self) -> list[str]:
+        """One line for each fit: its rate, and which of its steps was the best."""
+        return [
+            f"mimicked {fit.compared} at a learning rate of {fit.learning_rate:g}, "
+            + (
+                f"best after {fit.best} of {fit.iterations} steps"
+                if fit.best
+                else "undone: no step was better"
+            )
+            for fit in self.mimicking
+        ]
 
     def _fidelity_lines(self) -> list[str]:
         """Two lines for the fitted images, and two for those held back: each after the cut, and at the end."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
-from fxprune.recovery.features import FeatureReader, mean_feature_loss
+from fxprune.recovery.comparison import compare_whole
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import fit_features
 from fxprune.scoring.scorer import SingleScorer
@@ -33,14 +31,11 @@ class EndToEndScorer(SingleScorer):
         """Trains the adaptors of one set, from the identity in any case."""
         one = self._original
         candidate = Candidate(one.graph, regions, one.tap)
-        teacher, student = FeatureReader(one.graph, one.tap), FeatureReader(candidate.graph, candidate.tap)
-        before = mean_feature_loss(teacher, student, one.images, device=one.device)
-        parameters = adaptor_weights(student.part)
+        compared = compare_whole(one, candidate.graph, candidate.tap)
+        before = compared.error(one.images, one.device)
+        parameters = adaptor_weights(compared.student)
         if parameters and self._settings.iterations:
             title = ", ".join(region.label for region in regions)
-            fit_features(
-                teacher, student, parameters, one, self._settings, progress=self._progress, title=title
-            )
-        with torch.no_grad():
-            after = mean_feature_loss(teacher, student, one.images, device=one.device)
+            fit_features(compared, parameters, one, self._settings, progress=self._progress, title=title)
+        after = compared.error(one.images, one.device)
         return AdaptorFit(candidate.maps(), after, before)

@@ -12,8 +12,8 @@ from torch import nn
 
 from fxprune.calibration.labelled import LabelledImages
 from fxprune.errors import CalibrationError, OptionError
+from fxprune.judging.answers import class_scores
 from fxprune.processes.group import on_main
-from fxprune.recovery.answers import class_scores
 
 __all__ = ["Accuracy", "Evaluate", "Judge", "Judgement", "accuracy"]
 

@@ -1,0 +1,200 @@
+"""What mimicking compares: two networks from where they begin to differ, at the tap and at junctions before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.calibration.batches import CalibrationSet
+from fxprune.discovery.dominance import Dominance, flow_nodes
+from fxprune.graph.call import Inputs
+from fxprune.graph.extract import ancestors, between, descendants
+from fxprune.graph.operators import mutated_input, shape_of
+from fxprune.graph.regions import Region
+from fxprune.passes import FoldBatchNorm
+from fxprune.recovery.features import FeatureReader, feature_loss, mean_error, surviving_tap
+from fxprune.recovery.original import Original
+
+__all__ = ["Comparison", "Pair", "compare_whole"]
+
+_SCALED_BY = 16
+"""Images whose features tell how large the values at each junction are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two networks, each from the same values on to what is compared.
+
+    Attributes:
+        shared: Computes those values from a network's inputs; they are the same in both.
+        teacher: The original from there on, frozen, its batch norms folded to spare time.
+        student: The other network from there on, sharing its modules.
+        groups: How many of the features belong together, in their order: the tap's, one of a junction.
+        weights: Of each group's mean squared error in the loss.
+    """
+
+    shared: FeatureReader
+    teacher: fx.GraphModule
+    student: fx.GraphModule
+    groups: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """What a fit makes small for a batch: the weighted sum of the groups' errors (PRACTISE, eq. 1)."""
+        got, wanted = self._features(inputs)
+        losses = [
+            weight * feature_loss(g, w)
+            for weight, g, w in zip(self.weights, self._grouped(got), self._grouped(wanted), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def error(self, images: CalibrationSet, device: str) -> float:
+        """Mean squared error of the first group over all images, without augmentation."""
+
+        def first(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            got, wanted = self._features(inputs)
+            return next(self._grouped(got)), next(self._grouped(wanted))
+
+        return mean_error(first, images, device)
+
+    def _features(self, inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        with torch.no_grad():
+            values = self.shared(inputs)
+            # copies: an in-place operator of the one network must not change what the other reads
+            wanted = self.teacher(*(value.clone() for value in values))
+        return self.student(*values), wanted
+
+    def _grouped(self, features: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        start = 0
+        for size in self.groups:
+            yield features[start : start + size]
+            start += size
+
+
+def compare_whole(original: Original, student: fx.GraphModule, tap: Sequence[str]) -> Comparison:
+    """Compares from the inputs on and at the tap alone (PRACTISE, eq. 1).
+
+    Args:
+        original: The teacher.
+        student: The other network.
+        tap: The student's nodes that hold the values of the original's tap.
+    """
+    return _between(original, student, _inputs(student), [(original.tap, tap)], [1.0])
+
+
+def _inputs(gm: fx.GraphModule) -> list[str]:
+    return [node.name for node in gm.graph.find_nodes(op="placeholder")]
+
+
+class Pair:
+    """An original and the same network without some regions, to be set beside each other.
+
+    Args:
+        original: The teacher.
+        student: The other, adaptors folded.
+        regions: What it lacks.
+        operators: Nodes whose weights are others than the original's, or are to become so.
+
+    Attributes:
+        tap: The student's nodes that hold the values of the original's tap.
+        frontier: The values that are the same in both and that the first changes read.
+        junctions: Values behind a cut that all paths from a change go through and that branches leave from: those of
+            residual streams, mostly. Not those before it, which adaptors are there to change.
+        near: Those of the junctions up to the first that all paths from all changes go through; none where there is no
+            such junction.
+    """
+
+    def __init__(
+        self, original: Original, student: fx.GraphModule, regions: Sequence[Region], operators: Iterable[str]
+    ) -> None:
+        self._original, self._student = original, student
+        self.tap = surviving_tap(original.tap, regions)
+        nodes = {node.name: node for node in student.graph.nodes}
+        bypasses = [nodes[region.bypass] for region in regions if region.bypass in nodes]
+        readers = [user.name for bypass in bypasses for user in bypass.users if user.op != "output"]
+        changes = [*(name for name in operators if name in nodes), *readers]
+        flow = flow_nodes(student)
+        known = flow.keys() - descendants(student, changes)
+        needed = ancestors(student, self.tap, known)
+        self.frontier = [name for name in nodes if name in known and name in needed]
+        behind = descendants(student, readers) & ancestors(student, self.tap)
+        self.junctions, self.near = self._junctions(flow, [name for name in changes if name in flow], behind)
+
+    def _junctions(
+        self, flow: dict[str, fx.Node], changes: Sequence[str], behind: set[str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        dominance = Dominance(flow)
+        shapes = {node.name: shape_of(node) for node in self._original.graph.graph.nodes}
+        overwritten = {mutated_input(self._student, node) for node in self._student.graph.nodes}
+        found: list[str] = []
+        near: tuple[str, ...] = ()
+        for name, node in flow.items():
+            branches = len(node.users) > 1 and node not in overwritten
+            if name not in behind or name in self.tap or not branches:
+                continue
+            if shape_of(node) is not None and shapes.get(name) == shape_of(node):
+                through = [dominance.post_dominates(name, change) for change in changes]
+                if any(through):
+                    found.append(name)
+                if all(through) and not near:
+                    near = tuple(found)
+        return tuple(found), near
+
+    def at_tap(self, *, changed_only: bool, junctions: bool) -> Comparison:
+        """Compares at the tap, and at all junctions where they are asked for.
+
+        Args:
+            changed_only: Whether the comparison begins at the frontier and not at the inputs: what lies before it is
+                then not trained, and runs once for both.
+            junctions: Whether junctions are compared too. Each error is then relative to the variance of the teacher's
+                features, and the tap counts as much as all junctions together.
+        """
+        begin = self.frontier if changed_only and self.frontier else _inputs(self._student)
+        beside = self.junctions if junctions else ()
+        groups = [(self._original.tap, self.tap), *(((name,), (name,)) for name in beside)]
+        weights = [1.0, *(1 / len(beside) for _ in beside)]
+        return _between(self._original, self._student, begin, groups, weights, scaled=bool(beside))
+
+    def at_near_junctions(self) -> Comparison | None:
+        """Compares from the frontier to the near junctions: a small part of the network, right behind the cuts."""
+        if not self.near:
+            return None
+        groups = [((name,), (name,)) for name in self.near]
+        weights = [1 / len(groups)] * len(groups)
+        return _between(self._original, self._student, self.frontier, groups, weights, scaled=True)
+
+
+def _between(
+    original: Original,
+    student: fx.GraphModule,
+    begin: Sequence[str],
+    groups: Sequence[tuple[Sequence[str], Sequence[str]]],
+    weights: Sequence[float],
+    *,
+    scaled: bool = False,
+) -> Comparison:
+    """Compares groups of nodes, each as the original and the student name them, from some values on.
+
+    With `scaled`, each weight is divided by the variance of the teacher's features in its group, over the first images:
+    so it is the same on every rank.
+    """
+    shared = FeatureReader(original.graph, begin, fold=True, copies=True)
+    teacher = between(original.graph, begin, [name for names, _ in groups for name in names])
+    FoldBatchNorm()(teacher)
+    part = between(student, begin, [name for _, names in groups for name in names])
+    sizes = tuple(len(names) for names, _ in groups)
+    comparison = Comparison(shared, teacher, part, sizes, tuple(weights))
+    if not scaled:
+        return comparison
+    with torch.no_grad():
+        features = teacher(*shared(original.images.example(_SCALED_BY).to(original.device)))
+    least = torch.finfo(torch.float32).tiny
+    variances = [
+        torch.cat([t.flatten().float() for t in group]).var(correction=0).clamp_min(least).item()
+        for group in comparison._grouped(features)
+    ]
+    weights = [weight / variance for weight, variance in zip(weights, variances, strict=True)]
+    return Comparison(shared, teacher, part, sizes, tuple(weights))
