@@ -270,22 +270,50 @@ def test_selection_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "greedy" in capsys.readouterr().out
 
 
-def test_recipes_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recovery.main([*TINY, "--regions", "layer1.0,layer3.1", "--seeds", "2", "--iterations", "1"])
-    entries = read(results, "recovery_resnet20_4")["entries"]
-    rows = {row["recipe"]: row for row in entries["summary"]}
-    seconds = {key: entry["recovery_seconds"] for key, entry in entries.items() if key != "summary"}
-    assert rows["practise"]["shares"] == [1.0, 1.0]
-    assert rows["fast"]["shares"] == [
-        seconds[f"{seed}/fast"] / seconds[f"{seed}/practise"] for seed in (0, 1)
-    ]
-    assert entries["0/fast"]["loss_before"] < entries["0/practise"]["loss_before"]  # adaptors were folded in
-    assert "of practise" in capsys.readouterr().out
+RECOVERED = [
+    "--models",
+    "resnet20",
+    "--random",
+    "--images",
+    "20",
+    "--regions",
+    "layer1.0",
+    "--iterations",
+    "2",
+]
+
+
+def test_variants_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recovery.main([*RECOVERED, "--seeds", "2", "--variants", "adaptors,fast,practise,without-near-fit"])
+    entries = read(results, "recovery")["entries"]
+    rows = {row["variant"]: row for row in entries["summary"]}
+    assert list(rows) == ["adaptors", "fast", "practise", "without-near-fit"]
+    assert all(row["draws"] == 2 and row["ended_worse"] == 0 for row in rows.values())
+    one = {variant: entries[f"resnet20/20/1/{variant}"] for variant in rows}
+    assert one["adaptors"]["mimicking"] == [] and one["adaptors"]["before"] == one["adaptors"]["after"]
+    assert [fit["compared"] for fit in one["fast"]["mimicking"]] == ["near the cuts", "at the tap"]
+    assert [fit["compared"] for fit in one["without-near-fit"]["mimicking"]] == ["at the tap"]
+    assert one["fast"]["before"] == one["adaptors"]["after"]
+    bare, fitted = (one[variant]["before"]["fitted"]["feature_error"] for variant in ("practise", "fast"))
+    assert fitted < bare
+    assert "without-near-fit" in capsys.readouterr().out
+
+
+def test_the_quick_grid_has_draws_of_its_own(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recovery.QUICK_DRAWS, "resnet20", 1)  # type: ignore[index]
+    recovery.main([*RECOVERED, "--quick", "--variants", "adaptors"])
+    assert set(read(results, "recovery_quick")["entries"]) == {"resnet20/20/0/adaptors", "summary"}
+
+
+@pytest.mark.parametrize("wrong", [["--models", "vgg"], ["--variants", "magic"]])
+def test_recovery_names_what_it_does_not_know(wrong: list[str], results: Path) -> None:
+    with pytest.raises(OptionError, match=f"{wrong[1]}: models are resnet20, .* variants adaptors, fast"):
+        recovery.main([*RECOVERED, *wrong])
 
 
 def test_recovery_names_regions_that_are_not_there(results: Path) -> None:
     with pytest.raises(OptionError, match="no region is called nowhere"):
-        recovery.main([*TINY, "--regions", "nowhere", "--iterations", "1"])
+        recovery.main([*RECOVERED, "--regions", "nowhere"])
 
 
 def scored(file: Path, reference: dict[str, float]) -> None:
