@@ -14,7 +14,7 @@ import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import Inputs
-from fxprune.judging.answers import Answers, agreement, alike, answers, class_scores, entropy
+from fxprune.judging.answers import Answers, alike, answers, class_scores, entropy
 from fxprune.recovery.fidelity import Fidelities, Fidelity, overfitted
 from fxprune.reports.compression import CompressionReport
 from tests.doubles import brief, count_latency
@@ -158,12 +158,6 @@ def test_answers_come_from_all_batches() -> None:
         assert torch.equal(given.named, model(shown).argmax(1))
 
 
-def test_agreement_is_a_share() -> None:
-    one, other = Answers(torch.tensor([0, 1, 2, 2]), 3), Answers(torch.tensor([0, 1, 1, 1]), 3)
-    assert agreement(one, other) == 0.5
-    assert agreement(one, None) is None and agreement(None, one) is None
-
-
 # --- when the user is warned ---
 
 
@@ -196,8 +190,8 @@ def test_well_below_is_by_more_than_chance_and_two_points(fidelity: Fidelities, 
 def test_the_report_warns_of_a_network_that_learnt_its_images(
     after: float, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shares = iter([1.0, 1.0 - after, 1.0, after])  # fitted and held back, before mimicking and after it
-    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: next(shares))
+    given = iter([measured(1.0, 32, 1.0 - after, 8), measured(1.0, 32, after, 8)])  # before mimicking, after it
+    monkeypatch.setattr("fxprune.recovery.recover.fidelities", lambda *_: next(given))
     with caplog.at_level(logging.WARNING):
         report = reported(images(40))
     words = "names the original's class on 100.0 % of the 32 images that it was fitted to, but on only 0.0 % of the 8"

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 
-__all__ = ["Answers", "agreement", "alike", "answers", "class_scores", "entropy"]
+__all__ = ["Answers", "alike", "answers", "class_scores", "entropy"]
 
 _ALIKE = 0.1
 """Entropy below which images look alike: of two classes one then has 98.7 % of the images or more, of ten 96.5 %. Rare
@@ -50,13 +50,6 @@ def answers(network: nn.Module, images: CalibrationSet, device: str) -> Answers 
         named.append(scores.argmax(1).cpu())
         classes = scores.shape[1]
     return Answers(torch.cat(named), classes)
-
-
-def agreement(first: Answers | None, second: Answers | None) -> float | None:
-    """Share of images that two networks give the same class, in [0, 1]; None where one names none."""
-    if first is None or second is None:
-        return None
-    return int((first.named == second.named).sum()) / len(first.named)
 
 
 def entropy(given: Answers | None) -> float | None:

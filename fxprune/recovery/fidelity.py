@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Region
-from fxprune.judging.answers import agreement, answers
-from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.judging.answers import class_scores
+from fxprune.recovery.features import FeatureReader, mean_error, surviving_tap
 from fxprune.recovery.original import Original
 
 __all__ = ["Fidelities", "Fidelity", "fidelities", "overfitted"]
@@ -62,15 +63,42 @@ def fidelities(
         regions: What it lacks.
         held_back: The images that nothing is fitted to.
     """
-    teacher = FeatureReader(original.graph, original.tap, fold=True)
-    reader = FeatureReader(student, surviving_tap(original.tap, regions))
+    teacher = _Reader(original.graph, original.tap)
+    reader = _Reader(student, surviving_tap(original.tap, regions))
 
     def on(images: CalibrationSet) -> Fidelity:
-        first, second = (answers(one, images, original.device) for one in (original.graph, student))
-        error = mean_feature_loss(teacher, reader, images, device=original.device)
-        return Fidelity(images.size, agreement(first, second), error)
+        named: list[tuple[Tensor | None, Tensor | None]] = []
+
+        def features(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            (got, ours), (wanted, theirs) = reader(inputs), teacher(inputs)
+            named.append((ours, theirs))
+            return got, wanted
+
+        error = mean_error(features, images, original.device)
+        same = [
+            int((ours == theirs).sum()) for ours, theirs in named if ours is not None and theirs is not None
+        ]
+        return Fidelity(images.size, sum(same) / images.size if len(same) == len(named) else None, error)
 
     return Fidelities(on(original.images), None if held_back is None else on(held_back))
+
+
+class _Reader:
+    """Runs a network once for its features at the tap and for the classes that it names."""
+
+    def __init__(self, gm: fx.GraphModule, tap: Sequence[str]) -> None:
+        self._output = gm.graph.output_node()
+        outputs = [node.name for node in self._output.all_input_nodes]
+        self._names = list(dict.fromkeys((*tap, *outputs)))
+        self._taps = len(tap)
+        self._read = FeatureReader(gm, self._names, fold=True, copies=True)
+
+    def __call__(self, inputs: Inputs) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Features, and the class of each image; None for the latter where the outputs are not class scores."""
+        values = dict(zip(self._names, self._read(inputs), strict=True))
+        scores = class_scores(fx.node.map_arg(self._output.args[0], lambda node: values[node.name]))
+        features = [values[name] for name in self._names[: self._taps]]
+        return features, None if scores is None else scores.argmax(1)
 
 
 def overfitted(measured: Fidelities) -> str | None:
