@@ -34,12 +34,12 @@ class FitSettings:
         warmup: Iterations in which the rate rises from nothing, on top of the schedule.
         batch_size: Images a step, or all of them if there are fewer.
         max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
-        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them, `either` lets
-            probes tell which of the two suits the network and its images.
+        batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them, `either`
+            tries `train` first, then `eval`.
         augment: Whether images are cropped and flipped at random.
         cutmix: Whether a box of each image is replaced by that of another one: more kinds of images from a few.
-        rates: Learning rates among which probes choose, from the largest down; with none it is `learning_rate`.
-        probe_iterations: Steps of each probe.
+        rates: Learning rates to try, from the largest down, until one leads to a smaller error; with none it is
+            `learning_rate`.
         looks: How often the error on held-back images is looked at, the end included; the best state is kept.
         near_iterations: Steps in front of the others that compare at the junctions right behind the cuts and train what
             lies before those: a small part of the network, so that they are cheap, and bear a larger rate.
@@ -63,7 +63,6 @@ class FitSettings:
     augment: bool = True
     cutmix: bool = False
     rates: tuple[float, ...] = ()
-    probe_iterations: int = 20
     looks: int = 1
     near_iterations: int = 0
     junctions: bool = False
@@ -85,7 +84,6 @@ class FitSettings:
                 ("max_pixels", self.max_pixels is None or is_whole(self.max_pixels), "it must be positive"),
                 one_of("batch_norm", self.batch_norm, BatchNormMode),
                 ("rates", all(is_number(rate, 0) for rate in self.rates), "they must be positive"),
-                ("probe_iterations", is_whole(self.probe_iterations), "it must be a whole number, 1 or more"),
                 ("near_iterations", is_whole(self.near_iterations, 0), count),
                 ("looks", is_whole(self.looks), "it must be a whole number, 1 or more"),
             ),
@@ -156,7 +154,6 @@ RECIPES: dict[str, Recipe] = {
             optimizer="relative-adam",
             iterations=250,
             rates=(3e-2, 1e-2, 3e-3, 1e-3),
-            probe_iterations=15,
             looks=4,
             near_iterations=150,
             weight_decay=0.0,

@@ -190,7 +190,9 @@ def test_well_below_is_by_more_than_chance_and_two_points(fidelity: Fidelities, 
 def test_the_report_warns_of_a_network_that_learnt_its_images(
     after: float, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = iter([measured(1.0, 32, 1.0 - after, 8), measured(1.0, 32, after, 8)])  # before mimicking, after it
+    given = iter(
+        [measured(1.0, 32, 1.0 - after, 8), measured(1.0, 32, after, 8)]
+    )  # before mimicking, after it
     monkeypatch.setattr("fxprune.recovery.recover.fidelities", lambda *_: next(given))
     with caplog.at_level(logging.WARNING):
         report = reported(images(40))

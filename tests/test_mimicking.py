@@ -20,6 +20,7 @@ from fxprune.recovery import mimicking
 from fxprune.recovery import recover as recovery
 from fxprune.recovery.comparison import compare_whole
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
+from fxprune.recovery.mimicking import Attempt, Mimicking
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
 from fxprune.recovery.training import adaptable_norms, fit_features, optimise, trainable_parameters
@@ -78,7 +79,6 @@ def test_pixels_are_counted_where_there_are_images(shapes: list[tuple[int, ...]]
         ("warmup", -1),
         ("max_pixels", 0),
         ("looks", 0),
-        ("probe_iterations", 0),
         ("rates", (0.1, 0.0)),
         ("learning_rate", -1.0),
         ("momentum", 1.0),
@@ -100,7 +100,7 @@ def recovered(
 ) -> Recovered:
     gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]
     region = fxprune.discover(gm).regions[0]
-    given = {"near_iterations": 0, "iterations": 30, "probe_iterations": 4, **settings}
+    given = {"near_iterations": 0, "iterations": 30, **settings}
     mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **given)  # type: ignore[arg-type]
     original = Original(gm, find_tap(gm), draw([pictures]))
     return recovery.recover(original, [region], {}, mimic, held_back=held_back)
@@ -125,23 +125,33 @@ def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> Non
 
 
 def test_of_rates_that_diverge_and_one_that_does_not_the_latter_is_found() -> None:
-    result = recovered(tiny(), images(), optimizer="sgd", momentum=0.0, rates=(1e6, 20.0, 0.02))
+    result = recovered(tiny(), images(), optimizer="sgd", momentum=0.0, rates=(0.02, 1e6, 20.0))
     (fit,) = result.mimicking
-    assert fit.learning_rate == 0.02
-    assert [probe.learning_rate for probe in fit.probes] == [1e6, 20.0, 0.02]
+    assert [attempt.learning_rate for attempt in fit.attempts] == [1e6, 20.0, 0.02]
+    assert fit.attempts[0].feature_error == float("inf") and fit.attempts[0].iterations == 0
+    assert fit.last.iterations == 30
     assert result.loss_after < result.loss_before
     assert not result.notes
 
 
-def test_probes_stop_where_a_smaller_rate_does_worse() -> None:
-    result = recovered(tiny(), images(), rates=(1e-6, 3e-3, 1e-2, 1e-7))
-    (fit,) = result.mimicking
-    tried = [probe.learning_rate for probe in fit.probes]
-    errors = [probe.feature_error for probe in fit.probes]
-    assert tried == [1e-2, 3e-3]
-    assert errors[0] < errors[1] < result.loss_before
-    assert fit.learning_rate == 1e-2
-    assert fit.iterations == 34  # from where the probe ended
+def test_what_leads_away_at_the_first_look_is_given_up_there() -> None:
+    settings = {"schedule": "constant", "warmup": 0, "iterations": 40, "looks": 8}
+    (fit,) = recovered(tiny(), images(), rates=(2.0, 1e-2), **settings).mimicking
+    assert [attempt.iterations for attempt in fit.attempts] == [5, 40]
+    assert 0 < fit.best <= 40
+
+
+def test_the_fit_at_the_tap_goes_on_where_the_one_near_the_cuts_found_its_rate() -> None:
+    def tried(*before: Attempt, best: int, normalised: bool) -> list[tuple[str, float]]:
+        settings = FitSettings(rates=(0.1, 0.01, 0.001), batch_norm="either")
+        return mimicking._to_try(settings, normalised, Mimicking("near the cuts", before, best))
+
+    train, running = Attempt(0.1, "train", 9, 0.5), Attempt(0.01, "eval", 9, 0.5)
+    assert tried(train, best=5, normalised=True) == [("train", 0.1), ("train", 0.01), ("train", 0.001)]
+    assert tried(train, running, best=5, normalised=True) == [("eval", 0.001)]
+    assert tried(Attempt(0.001, "eval", 9, 0.5), best=5, normalised=True) == [("eval", 0.001)]
+    assert tried(running, best=0, normalised=False) == [("eval", 0.1), ("eval", 0.01), ("eval", 0.001)]
+    assert tried(running, best=0, normalised=True)[:2] == [("train", 0.1), ("eval", 0.1)]
 
 
 @pytest.mark.parametrize("rate", [2.0, 1e8])
@@ -151,7 +161,7 @@ def test_where_nothing_helps_the_network_is_as_before_mimicking(rate: float) -> 
     )
     assert result.loss_after == result.loss_before
     (fit,) = result.mimicking
-    assert fit.best == 0
+    assert fit.best == 0 and len(fit.attempts) == 1
     assert len(result.notes) == 1 and f"at a learning rate of {rate:g}, did not lower" in result.notes[0]
     assert torch.equal(result.graph.state_dict()["stem.weight"], tiny().stem.weight)
 
@@ -215,17 +225,14 @@ def pictures() -> Tensor:
     return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_probes_tell_how_batch_norms_normalise_where_there_are_any() -> None:
-    modes = {"either": {"train", "eval"}, "train": {"train"}, "eval": {"eval"}}
-    for asked, tried in modes.items():
-        result = recovered(Normalised().eval(), pictures(), batch_norm=asked)
-        (fit,) = result.mimicking
-        assert {probe.batch_norm for probe in fit.probes} == tried
-        best = min(fit.probes, key=lambda probe: probe.feature_error)
-        chosen = (fit.learning_rate, fit.batch_norm)
-        assert (best.learning_rate, best.batch_norm) == chosen
-    without = recovered(tiny(), images())
-    assert {probe.batch_norm for probe in without.mimicking[0].probes} == {"eval"}
+def test_batches_normalise_first_and_running_statistics_where_that_fails() -> None:
+    first = recovered(Normalised().eval(), pictures(), rates=(1e-2,)).mimicking[0].attempts[0]
+    assert first.batch_norm == "train"
+    useless = recovered(Normalised().eval(), pictures(), optimizer="sgd", rates=(1e7, 1e6)).mimicking[0]
+    tried = [(attempt.batch_norm, attempt.learning_rate) for attempt in useless.attempts]
+    assert tried == [("train", 1e7), ("eval", 1e7), ("eval", 1e6)]
+    (without,) = recovered(tiny(), images()).mimicking
+    assert without.attempts[0].batch_norm == "eval"
 
 
 def test_batch_norm_that_an_export_fixed_is_told() -> None:

@@ -12,7 +12,7 @@ from fxprune.graph.regions import Kind, Reason, Region, Rejection
 from fxprune.judging.judge import Accuracy
 from fxprune.options import RECIPES
 from fxprune.recovery.fidelity import Fidelities, Fidelity
-from fxprune.recovery.mimicking import Mimicking, Probe
+from fxprune.recovery.mimicking import Attempt, Mimicking
 from fxprune.reports.compression import CompressionReport, plain
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
@@ -46,8 +46,10 @@ def report() -> CompressionReport:
         fidelity_before=Fidelities(Fidelity(50, 0.9, 0.5), Fidelity(12, 0.75, 0.625)),
         fidelity_after=Fidelities(Fidelity(50, 0.96, 0.125), Fidelity(12, 0.875, 0.25)),
         mimicking=(
-            Mimicking("near the cuts", 0.03, "train", 120, 105, (Probe(0.03, "train", 0.5),)),
-            Mimicking("at the tap", 0.001, "eval", 400, 0, ()),
+            Mimicking(
+                "near the cuts", (Attempt(0.1, "train", 30, math.inf), Attempt(0.03, "eval", 120, 0.5)), 105
+            ),
+            Mimicking("at the tap", (Attempt(0.001, "eval", 400, 0.9),), 0),
         ),
         entropy=0.925,
         fold_error=2e-7,

@@ -212,9 +212,12 @@ def _row(name: str, count: str, variant: str, runs: Sequence[Mapping[str, Any]])
         "accuracy_spread": spread,
         "original": tested[0].get("original"),
         "ended_worse": len(worse),
-        "rates": [[fit["learning_rate"] for fit in run["mimicking"]] for run in runs],
-        "batch_norm": [[fit["batch_norm"] for fit in run["mimicking"]] for run in runs],
+        "settings": [[_setting(fit["attempts"][-1]) for fit in run["mimicking"]] for run in runs],
     }
+
+
+def _setting(attempt: Mapping[str, Any]) -> str:
+    return f"{attempt['batch_norm']} {attempt['learning_rate']:g}"
 
 
 if __name__ == "__main__":

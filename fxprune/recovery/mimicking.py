@@ -18,23 +18,28 @@ from fxprune.recovery.comparison import Comparison
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import adaptable_norms, fit_features
 
-__all__ = ["Mimicking", "Probe", "mimic"]
+__all__ = ["Attempt", "Mimicking", "mimic"]
 
 logger = logging.getLogger(__name__)
 
+_AWAY = 1.25
+"""An error that is so many times the one at the start, at the first look, does not come down again in time."""
+
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """A short fit that tells how a setting does.
+class Attempt:
+    """A fit at one setting.
 
     Attributes:
         learning_rate: Of it.
         batch_norm: `eval` or `train`, as in `FitSettings`.
-        feature_error: On the judging images at its end.
+        iterations: Steps taken; fewer than asked for where it was given up or diverged.
+        feature_error: On the judging images at its end; infinite where it diverged.
     """
 
     learning_rate: float
     batch_norm: BatchNormMode
+    iterations: int
     feature_error: float
 
 
@@ -44,20 +49,23 @@ class Mimicking:
 
     Attributes:
         compared: Where: `near the cuts` or `at the tap`.
-        learning_rate: That it was done at.
-        batch_norm: `eval` or `train`, as in `FitSettings`.
-        iterations: Steps taken, those of the probe that it began at included.
-        best: Steps after which the state was the best, which is the one that was kept; 0 where none was better than
-            the start, so that the fit was undone.
-        probes: In the order in which they were made; empty where the rate was given.
+        attempts: In the order in which they were made, all from the same state; the last one holds.
+        best: Steps of it after which the state was the best, which is the one that was kept; 0 where no attempt had a
+            better one than the start, so that all were undone.
     """
 
     compared: str
-    learning_rate: float
-    batch_norm: BatchNormMode
-    iterations: int
+    attempts: tuple[Attempt, ...]
     best: int
-    probes: tuple[Probe, ...]
+
+    @property
+    def last(self) -> Attempt:
+        """The attempt that holds."""
+        return self.attempts[-1]
+
+
+class _AwayError(Exception):
+    """A fit leads away from the original."""
 
 
 class _Best:
@@ -99,87 +107,84 @@ def mimic(
     measure: Callable[[], float],
     *,
     title: str,
+    before: Mimicking | None = None,
     progress: bool = False,
 ) -> Mimicking:
-    """Trains a network towards the original, from the best probe on, and leaves it in the best state that was seen.
+    """Trains a network towards the original, and leaves it in the best state that was seen.
+
+    The rates are tried from the largest down, all from the same state, until one leads to a better one. An attempt that
+    has clearly led away from the original at the first look is given up there.
 
     Args:
         student: The network; changed in place.
         comparison: Of it with the original.
         parameters: What to train.
         original: Its images are fitted.
-        settings: Of the fit and the probes.
+        settings: Of the fit.
         measure: Tells how far the network is from the original, best of all on images that are not fitted.
         title: Of the fit, in progress bars and in what is returned.
+        before: The fit in front of this one: what failed there is not tried again.
         progress: Whether to draw progress bars.
 
     Raises:
         CalibrationError: The features of the network are not finite to begin with.
     """
     best = _Best(student, measure)
-    if not math.isfinite(best.error):
+    start = best.error
+    if not math.isfinite(start):
         raise CalibrationError(
-            f"the feature error in front of mimicking is {best.error}: the images or the weights are out of range"
+            f"the feature error in front of mimicking is {start}: the images or the weights are out of range"
         )
+    attempts: list[Attempt] = []
+    for mode, rate in _to_try(settings, bool(adaptable_norms(comparison.student)), before):
+        taken = 0
 
-    def fit(settings: FitSettings, title: str, before: int = 0) -> float:
-        """Fits from the present state on, and gives the error where that ended, infinity where it diverged."""
+        def look(step: int) -> None:
+            nonlocal taken
+            first, taken = not taken, step
+            best.look(step)
+            if first and step < settings.iterations and not best.last <= _AWAY * start:
+                raise _AwayError
+
         try:
             fit_features(
                 comparison,
                 parameters,
                 original,
-                settings,
+                replace(settings, learning_rate=rate, batch_norm=mode),
                 progress=progress,
                 title=title,
                 shared=True,
-                look=lambda step: best.look(before + step),
+                look=look,
             )
-        except CalibrationError as error:  # the loss left the finite numbers
-            logger.info("%s", error)
-            return math.inf
-        return best.last if math.isfinite(best.last) else math.inf
-
-    probes: list[Probe] = []
-    if settings.rates:
-        settings, probes = _probed(student, comparison.student, settings, fit)
+            error = best.last
+        except _AwayError:
+            error = best.last
+        except CalibrationError as failure:  # the loss left the finite numbers
+            logger.info("%s", failure)
+            error = math.inf
         best.restore()
-    taken = best.step
-    fit(settings, title, taken)
-    best.restore()
-    steps = taken + settings.iterations
-    return Mimicking(title, settings.learning_rate, settings.batch_norm, steps, best.step, tuple(probes))
+        attempts.append(Attempt(rate, mode, taken, error if math.isfinite(error) else math.inf))
+        if best.step:
+            break
+    return Mimicking(title, tuple(attempts), best.step)
 
 
-def _probed(
-    student: nn.Module,
-    part: fx.GraphModule,
-    settings: FitSettings,
-    fit: Callable[[FitSettings, str], float],
-) -> tuple[FitSettings, list[Probe]]:
-    """The settings with the rate, and the mode of batch norms, whose probe ended with the least error.
+def _to_try(
+    settings: FitSettings, normalised: bool, before: Mimicking | None
+) -> list[tuple[BatchNormMode, float]]:
+    """Modes of batch norms and rates in the order in which they are tried.
 
-    All probes begin at the same state. For each mode the rates are tried from the largest down, until the error rises.
+    Where normalising by the batch does harm it does so at any rate, so it is tried at the largest alone. Behind a fit
+    that found its mode and rate, this mode goes on: at that rate where batches normalise, which bears it, else at the
+    next smaller one, for more is trained.
     """
-    start = copy.deepcopy(student.state_dict())
-    modes: tuple[BatchNormMode, ...] = (settings.batch_norm,)
-    if settings.batch_norm == "either":
-        modes = ("train", "eval") if adaptable_norms(part) else ("eval",)
-    probes: list[Probe] = []
-    for mode in modes:
-        error = math.inf
-        for rate in sorted(settings.rates, reverse=True):
-            student.load_state_dict(start)
-            short = replace(
-                settings,
-                iterations=min(settings.probe_iterations, settings.iterations),
-                learning_rate=rate,
-                batch_norm=mode,
-                looks=1,
-            )
-            before, error = error, fit(short, f"probe at {rate:g}")
-            probes.append(Probe(rate, mode, error))
-            if error >= before and math.isfinite(error):
-                break
-    chosen = min(probes, key=lambda probe: probe.feature_error)
-    return replace(settings, learning_rate=chosen.learning_rate, batch_norm=chosen.batch_norm), probes
+    rates = sorted(settings.rates or (settings.learning_rate,), reverse=True)
+    if settings.batch_norm != "either":
+        return [(settings.batch_norm, rate) for rate in rates]
+    if before is not None and before.best:
+        mode, found = before.last.batch_norm, before.last.learning_rate
+        smaller = [rate for rate in rates if rate < found or (rate == found and mode == "train")]
+        return [(mode, rate) for rate in smaller or rates[-1:]]
+    running: list[tuple[BatchNormMode, float]] = [("eval", rate) for rate in rates]
+    return [("train", rates[0]), *running] if normalised else running

@@ -117,7 +117,7 @@ def recover(
     fits = [("at the tap", whole, settings)]
     if settings.near_iterations and (near := pair.at_near_junctions()) is not None:
         fits.insert(0, ("near the cuts", near, replace(settings, iterations=settings.near_iterations)))
-    done = []
+    done: list[Mimicking] = []
     for title, comparison, one in fits:
         parameters = trainable_parameters(comparison.student, student)
         if parameters and one.iterations:
@@ -130,6 +130,7 @@ def recover(
                     one,
                     lambda: whole.error(judges, original.device),
                     title=title,
+                    before=done[-1] if done else None,
                     progress=progress,
                 )
             )
@@ -137,9 +138,10 @@ def recover(
         return Recovered(student, before, before, fold_error)
     notes = _norms_that_stay(whole.student, settings)
     if not any(one.best for one in done):
-        rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(one.learning_rate for one in done))
+        rates = sorted({attempt.learning_rate for one in done for attempt in one.attempts}, reverse=True)
+        tried = ", ".join(f"{rate:g}" for rate in rates)
         notes.append(
-            f"mimicking, at a learning rate of {rates}, did not lower the feature error, so it was undone"
+            f"mimicking, at a learning rate of {tried}, did not lower the feature error, so it was undone"
         )
     for note in notes:
         logger.warning("%s", note)

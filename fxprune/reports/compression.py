@@ -163,9 +163,9 @@ class CompressionReport:
     def _mimicking_lines(self) -> list[str]:
         """One line for each fit: its rate, and which of its steps was the best."""
         return [
-            f"mimicked {fit.compared} at a learning rate of {fit.learning_rate:g}, "
+            f"mimicked {fit.compared} at a learning rate of {fit.last.learning_rate:g}, "
             + (
-                f"best after {fit.best} of {fit.iterations} steps"
+                f"best after {fit.best} of {fit.last.iterations} steps"
                 if fit.best
                 else "undone: no step was better"
             )
