@@ -39,7 +39,13 @@ __all__ = ["MODULES", "main"]
 MODULES: dict[str, tuple[str, ...]] = {
     "placement/algebra": ("test_algebra",),
     "placement/placement": ("test_streams", "test_placement", "test_dense"),
-    "discovery/discovery": ("test_chains", "test_motifs", "test_hooked_reference", "test_labels"),
+    "discovery/discovery": (
+        "test_chains",
+        "test_joins",
+        "test_motifs",
+        "test_hooked_reference",
+        "test_labels",
+    ),
     "selection/planner": ("test_planning", "test_joint"),
     "scoring/store": ("test_store",),
     "passes/base": ("test_passes",),
