@@ -218,3 +218,22 @@ def test_regions_keep_their_labels_in_a_module_that_holds_a_result() -> None:
     outer = fxprune.trace(nn.Sequential(small), images(2))
     assert [region.label for region in fxprune.discover(outer).regions] == [f"0.{n}" for n in labels]
     assert len(fxprune.discover(outer, ignore=f"0.{labels[0]}").regions) == 2
+
+
+class Scaled(Tiny):
+    """A number and a list among the inputs, read in front of the blocks and behind them."""
+
+    def forward(self, x: Tensor, scale: float, extra: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(x * scale) * scale + extra[0].mean()
+
+
+@pytest.mark.parametrize("junctions", [False, True])
+def test_numbers_and_lists_among_the_inputs_reach_both_networks(junctions: bool) -> None:
+    recipe = brief("practise")
+    recipe = replace(recipe, mimic=replace(recipe.mimic, junctions=junctions, changed_only=junctions))
+    loader = [(part, 2.0, [torch.ones(4, 2)]) for part in images().split(4)]
+    small = fxprune.compress(
+        Scaled().eval(), loader, k=1, recipe=recipe, input_fn=lambda batch: batch, progress=False
+    )
+    assert fxprune.report(small).mimicking
+    assert small(images(4), 2.0, [torch.ones(4, 2)]).shape == (4, 5)

@@ -15,7 +15,7 @@ from fxprune.graph.extract import ancestors, between, descendants
 from fxprune.graph.operators import mutated_input, shape_of
 from fxprune.graph.regions import Region
 from fxprune.passes import FoldBatchNorm
-from fxprune.recovery.features import FeatureReader, feature_loss, mean_error, surviving_tap
+from fxprune.recovery.features import FeatureReader, copied, feature_loss, mean_error, surviving_tap
 from fxprune.recovery.original import Original
 
 __all__ = ["Comparison", "Pair", "compare_whole"]
@@ -64,7 +64,7 @@ class Comparison:
         with torch.no_grad():
             values = self.shared(inputs)
             # copies: an in-place operator of the one network must not change what the other reads
-            wanted = self.teacher(*(value.clone() for value in values))
+            wanted = self.teacher(*map(copied, values))
         return self.student(*values), wanted
 
     def _grouped(self, features: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
@@ -119,7 +119,10 @@ class Pair:
         flow = flow_nodes(student)
         known = flow.keys() - descendants(student, changes)
         needed = ancestors(student, self.tap, known)
-        self.frontier = [name for name in nodes if name in known and name in needed]
+        arguments = {
+            node.name for node in nodes.values() if node.op == "placeholder"
+        }  # numbers among them too
+        self.frontier = [name for name in nodes if name in needed and (name in known or name in arguments)]
         behind = descendants(student, readers) & ancestors(student, self.tap)
         self.junctions, self.near = self._junctions(flow, [name for name in changes if name in flow], behind)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.call import Inputs, bind
@@ -13,7 +15,7 @@ from fxprune.graph.extract import between
 from fxprune.graph.regions import Region
 from fxprune.passes import FoldBatchNorm
 
-__all__ = ["FeatureReader", "feature_loss", "mean_error", "mean_feature_loss", "surviving_tap"]
+__all__ = ["FeatureReader", "copied", "feature_loss", "mean_error", "mean_feature_loss", "surviving_tap"]
 
 
 def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
@@ -57,13 +59,18 @@ class FeatureReader:
         return features
 
 
+def copied(value: Any) -> Any:
+    """The same value with all its tensors copied; numbers among the inputs stay what they are."""
+    return pytree.tree_map_only(Tensor, torch.clone, value)
+
+
 def _copy_outputs(part: fx.GraphModule) -> None:
     """Lets a part return copies of its outputs, made before anything else reads them."""
     end = part.graph.output_node()
     copies: dict[fx.Node, fx.Node] = {}
     for node in end.all_input_nodes:
         with part.graph.inserting_after(node):
-            copies[node] = part.graph.call_function(torch.clone, (node,))
+            copies[node] = part.graph.call_function(copied, (node,))
     end.args = fx.node.map_arg(end.args, copies.__getitem__)
     part.recompile()
 
