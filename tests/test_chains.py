@@ -30,3 +30,17 @@ def test_a_source_that_something_else_reads_begins_no_chain(between: nn.Module) 
     gm = fxprune.trace(Chains(between).eval(), torch.zeros(2, 3, 8, 8))
     found = fxprune.discover(gm, kinds="sequential")
     assert [region.label for region in found.regions] == ["second"]
+
+
+class Behind(Chains):
+    """The same, the join behind what lies in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.stem(x))
+        return x + self.second(self.first(x).relu())
+
+
+def test_an_identity_that_something_else_reads_begins_no_chain() -> None:
+    gm = fxprune.trace(Behind(nn.Sequential(nn.Identity(), nn.Dropout())).eval(), torch.zeros(2, 3, 8, 8))
+    found = fxprune.discover(gm, kinds="sequential")
+    assert [region.label for region in found.regions] == ["second"]
