@@ -155,7 +155,7 @@ def test_least_agreement_is_taken_on_images_kept_apart() -> None:
 
 
 def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda first, second: 0.5)
+    monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: 0.5)
     with pytest.raises(OptionError, match=r"min_agreement is 0.9, but without body.* agrees .* on 0.500 of"):
         compress(1, min_agreement=0.9, out=tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["held_back_agreement"] == 0.5

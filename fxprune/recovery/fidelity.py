@@ -75,12 +75,17 @@ def fidelities(
             return got, wanted
 
         error = mean_error(features, images, original.device)
-        same = [
-            int((ours == theirs).sum()) for ours, theirs in named if ours is not None and theirs is not None
-        ]
-        return Fidelity(images.size, sum(same) / images.size if len(same) == len(named) else None, error)
+        return Fidelity(images.size, agreement(named), error)
 
     return Fidelities(on(original.images), None if held_back is None else on(held_back))
+
+
+def agreement(named: Sequence[tuple[Tensor | None, Tensor | None]]) -> float | None:
+    """Share of images that two networks give the same class, from the classes in each batch; None without classes."""
+    pairs = [(one, other) for one, other in named if one is not None and other is not None]
+    if len(pairs) < len(named):
+        return None
+    return sum(int((one == other).sum()) for one, other in pairs) / sum(len(one) for one, _ in pairs)
 
 
 class _Reader:
