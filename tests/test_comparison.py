@@ -28,9 +28,7 @@ def resnet() -> nn.Module:
         return spec.build().float().eval()
 
 
-def paired(
-    network: nn.Module, *labels: str, images: Tensor | None = None
-) -> tuple[Pair, Original, fx.GraphModule]:
+def paired(network: nn.Module, *labels: str) -> tuple[Pair, Original, fx.GraphModule]:
     batch = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     gm = fxprune.trace(network, batch[:2]).requires_grad_(False)
     regions = [region for region in fxprune.discover(gm).regions if region.label in labels]
@@ -49,9 +47,7 @@ def paired(
 
 def test_the_comparison_begins_at_the_first_change() -> None:
     pair, original, student = paired(resnet(), "stages.1.2")
-    assert [str(n) for n in pair.frontier] != [
-        n.name for n in original.graph.graph.find_nodes(op="placeholder")
-    ]
+    assert pair.frontier != [node.name for node in original.graph.graph.find_nodes(op="placeholder")]
     part = pair.at_tap(changed_only=True, junctions=False).student
     trained = {name for name, _ in part.named_parameters()}
     assert trained and all(name.startswith("stages.1") for name in trained)
@@ -100,6 +96,18 @@ def test_each_junction_weighs_by_its_variance_and_the_tap_as_much_as_all_of_them
     assert float(near.loss(inputs)) == pytest.approx(sum(errors[1 : 1 + count]) / count, rel=1e-4)
     plain = pair.at_tap(changed_only=True, junctions=False).loss(inputs)
     assert float(plain) == pytest.approx(float((got[0] - wanted[0]).square().mean()), rel=1e-4)
+
+
+def test_where_nothing_before_the_tap_is_another_everything_may_be_trained() -> None:
+    pair, original, student = paired(resnet(), "stages.1.3")
+    last = fxprune.discover(original.graph).regions[-1]
+    assert last.exit in original.tap
+    bare = Pair(original, student, [last], [])  # as where no operator takes an adaptor
+    assert bare.frontier == [node.name for node in student.graph.find_nodes(op="placeholder")]
+    assert bare.junctions == bare.near == ()
+    part = bare.at_tap(changed_only=True, junctions=True).student
+    everything = pair.at_tap(changed_only=False, junctions=False).student
+    assert [*dict(part.named_parameters())] == [*dict(everything.named_parameters())]
 
 
 class Overwriting(nn.Module):

@@ -100,7 +100,8 @@ class Pair:
 
     Attributes:
         tap: The student's nodes that hold the values of the original's tap.
-        frontier: The values that are the same in both and that the first changes read.
+        frontier: The values that are the same in both and that the first changes read; the inputs where nothing before
+            the tap is another, for then anything may be trained.
         junctions: Values behind a cut that all paths from a change go through and that branches leave from: those of
             residual streams, mostly. Not those before it, which adaptors are there to change.
         near: Those of the junctions up to the first that all paths from all changes go through; none where there is no
@@ -115,16 +116,15 @@ class Pair:
         nodes = {node.name: node for node in student.graph.nodes}
         bypasses = [nodes[region.bypass] for region in regions if region.bypass in nodes]
         readers = [user.name for bypass in bypasses for user in bypass.users if user.op != "output"]
-        changes = [*(name for name in operators if name in nodes), *readers]
+        before = ancestors(student, self.tap)  # what adaptors change behind the tap is not mimicked
         flow = flow_nodes(student)
-        known = flow.keys() - descendants(student, changes)
+        changes = [name for name in (*operators, *readers) if name in before and name in flow]
+        known = flow.keys() - descendants(student, changes) if changes else set()
         needed = ancestors(student, self.tap, known)
-        arguments = {
-            node.name for node in nodes.values() if node.op == "placeholder"
-        }  # numbers among them too
-        self.frontier = [name for name in nodes if name in needed and (name in known or name in arguments)]
-        behind = descendants(student, readers) & ancestors(student, self.tap)
-        self.junctions, self.near = self._junctions(flow, [name for name in changes if name in flow], behind)
+        known |= set(_inputs(student))  # numbers among them too
+        self.frontier = [name for name in nodes if name in needed and name in known]
+        behind = descendants(student, readers) & before
+        self.junctions, self.near = self._junctions(flow, changes, behind)
 
     def _junctions(
         self, flow: dict[str, fx.Node], changes: Sequence[str], behind: set[str]
@@ -155,7 +155,7 @@ class Pair:
             junctions: Whether junctions are compared too. Each error is then relative to the variance of the teacher's
                 features, and the tap counts as much as all junctions together.
         """
-        begin = self.frontier if changed_only and self.frontier else _inputs(self._student)
+        begin = self.frontier if changed_only else _inputs(self._student)
         beside = self.junctions if junctions else ()
         groups = [(self._original.tap, self.tap), *(((name,), (name,)) for name in beside)]
         weights = [1.0, *(1 / len(beside) for _ in beside)]
