@@ -83,7 +83,11 @@ class FitSettings:
                 ("batch_size", is_whole(self.batch_size), "it must be a whole number, 1 or more"),
                 ("max_pixels", self.max_pixels is None or is_whole(self.max_pixels), "it must be positive"),
                 one_of("batch_norm", self.batch_norm, BatchNormMode),
-                ("rates", all(is_number(rate, 0) for rate in self.rates), "they must be positive"),
+                (
+                    "rates",
+                    isinstance(self.rates, tuple) and all(is_number(rate, 0) for rate in self.rates),
+                    "it must be a tuple of positive numbers",
+                ),
                 ("near_iterations", is_whole(self.near_iterations, 0), count),
                 ("looks", is_whole(self.looks), "it must be a whole number, 1 or more"),
             ),
@@ -117,6 +121,9 @@ class Recipe:
         fold_first: Whether the chosen set's fitted adaptors are folded in before mimicking; PRACTISE mimics from the
             bare cut.
         selection: How sets are chosen unless the user says otherwise.
+
+    Raises:
+        OptionError: The adaptors' fit has several rates, or is to find the mode of batch norms.
     """
 
     name: str
@@ -125,6 +132,10 @@ class Recipe:
     mimic: FitSettings
     fold_first: bool
     selection: Selection
+
+    def __post_init__(self) -> None:
+        alone = not self.adaptor.rates and self.adaptor.batch_norm != "either"
+        require(self, (("adaptor", alone, "only mimicking tries several rates or modes of batch norms"),))
 
 
 RECIPES: dict[str, Recipe] = {
