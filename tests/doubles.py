@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.options import RECIPES, Recipe
 
-__all__ = ["brief", "comparison", "count_latency"]
+__all__ = ["brief", "comparison", "count_latency", "forbid_work"]
 
 
 def comparison(
@@ -27,6 +27,20 @@ def comparison(
     return LatencyComparison(
         latency(before_s), latency(after_s), ratio, Interval(ratio - spread, ratio + spread)
     )
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets neither timing nor fitting begin."""
+
+    def stop(*args: object, **options: object) -> None:
+        raise AssertionError("work began before what was given was checked")
+
+    for name in (
+        "fxprune.timing.latency.compare",
+        "fxprune.scoring.cached.CachedScorer.fit",
+        "fxprune.scoring.cached.CachedScorer.prepare",
+    ):
+        monkeypatch.setattr(name, stop)
 
 
 def _cost(network: object) -> float:

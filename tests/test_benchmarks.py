@@ -300,7 +300,7 @@ def test_variants_recover_the_same_cut(results: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_quick_grid_has_draws_of_its_own(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recovery.QUICK_DRAWS, "resnet20", 1)  # type: ignore[index]
+    monkeypatch.setattr(recovery, "QUICK_DRAWS", {"resnet20": 1})
     recovery.main([*RECOVERED, "--quick", "--variants", "adaptors"])
     assert set(read(results, "recovery_quick")["entries"]) == {"resnet20/20/0/adaptors", "summary"}
 

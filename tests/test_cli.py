@@ -350,9 +350,8 @@ def test_labelled_images_are_prepared_like_the_others(
     replace("report", Report())
     for number, name in enumerate(("ant", "bee")):
         (tmp_path / "labelled" / name).mkdir(parents=True)
-        picture = np.full(
-            (20, 20, 3), number, dtype=np.uint8
-        )  # of the same grey as the calibration image of that name
+        # of the same grey as the calibration image of that name
+        picture = np.full((20, 20, 3), number, dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "labelled" / name / "0.png")
     (photos / "bad.png").unlink()
     argv = [

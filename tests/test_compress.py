@@ -31,7 +31,7 @@ from fxprune.graph.regions import Kind, Reason
 from fxprune.measurements import LatencyComparison
 from fxprune.passes import Adaptor, Canonicalize, DropRegions
 from fxprune.reports.compression import CompressionReport
-from tests.doubles import brief, comparison, count_latency
+from tests.doubles import brief, comparison, count_latency, forbid_work
 from tests.strategies import BlockSpec, NetSpec, ResidualNet, image_batch, skipped
 
 BASIC = BlockSpec("basic")
@@ -58,16 +58,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither timing nor fitting may begin."""
-
-    def stop(*args: object, **options: object) -> None:
-        raise AssertionError("work began before the input was checked")
-
-    for name in (
-        "fxprune.timing.latency.compare",
-        "fxprune.scoring.cached.CachedScorer.fit",
-        "fxprune.scoring.cached.CachedScorer.prepare",
-    ):
-        monkeypatch.setattr(name, stop)
+    forbid_work(monkeypatch)
 
 
 def compress(model: Any = None, loader: Any = None, k: int | None = 1, **options: Any) -> fx.GraphModule:

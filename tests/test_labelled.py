@@ -20,7 +20,7 @@ from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
 from fxprune.judging.judge import Accuracy, Judge, Judgement, accuracy
 from fxprune.options import Options
-from tests.doubles import brief, count_latency
+from tests.doubles import brief, count_latency, forbid_work
 from tests.tiny import images, tiny
 
 SEED = 5  # the network that names several classes
@@ -36,12 +36,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither timing nor fitting may begin."""
-
-    def stop(*args: object, **options: object) -> None:
-        raise AssertionError("work began before labels were looked at")
-
-    monkeypatch.setattr("fxprune.timing.latency.compare", stop)
-    monkeypatch.setattr("fxprune.scoring.cached.CachedScorer.fit", stop)
+    forbid_work(monkeypatch)
 
 
 def compress(labels: Any = None, *, model: nn.Module | None = None, **settings: Any) -> fx.GraphModule:

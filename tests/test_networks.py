@@ -223,7 +223,7 @@ def test_regions_keep_their_labels_in_a_module_that_holds_a_result() -> None:
 class Scaled(Tiny):
     """A number and a list among the inputs, read in front of the blocks and behind them."""
 
-    def forward(self, x: Tensor, scale: float, extra: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, scale: float, extra: list[Tensor]) -> Tensor:  # type: ignore[override]  # asks for more
         return super().forward(x * scale) * scale + extra[0].mean()
 
 

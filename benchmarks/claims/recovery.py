@@ -6,7 +6,7 @@
 Recovery is everything between the choice and the recovered network: adaptors fitted for the whole set and folded (but
 for `practise`, which mimics from the bare cut), then mimicking. Of the images that are drawn, a fifth is held back as
 `fxprune.compress` does, and judges; the test set, or photographs of classes that are not among them, is only reported
-on. `--quick` takes adaptors alone and the default, with `QUICK_DRAWS` draws of each network.
+on. `--quick` makes fewer draws of the slower networks (`QUICK_DRAWS`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+
+from torch import fx
 
 from benchmarks.common import data, jobs, networks, options
 from benchmarks.common.tables import ACCURACY, mean_and_spread, print_rows
@@ -43,13 +45,8 @@ REGIONS: Mapping[str, tuple[str, ...]] = {
     "mobilenet_v2": ("features.6", "features.10"),
     "efficientnet_lite0": ("blocks.4", "blocks.9"),
 }
-"""What is cut out of each network: the published choice for ResNet-20, and what scores chose for the others."""
-QUICK_DRAWS: Mapping[str, int] = {
-    "resnet20": 3,
-    "resnet56": 2,
-    "mobilenet_v2": 2,
-    "efficientnet_lite0": 2,
-}
+"""What is cut out of each network, whatever would be chosen: choice must not blur recovery."""
+QUICK_DRAWS: Mapping[str, int] = dict.fromkeys(REGIONS, 2) | {"resnet20": 3}
 _TEST_FEATURES = 1000
 
 
@@ -113,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    given = {**options.NETWORK, "images": None, "seeds": 3, "regions": (), "iterations": None}
-    del given["images"]
-    parser = options.parser("recovery", __doc__, **given)
+    shared = {name: default for name, default in options.NETWORK.items() if name != "images"}
+    parser = options.parser("recovery", __doc__, **shared, seeds=3, regions=(), iterations=None)
     parser.add_argument("--models", type=options.words, default=tuple(REGIONS), help="default: all four")
     parser.add_argument("--images", type=options.counts, default=(50, 500), help="default: 50,500")
     parser.add_argument(
@@ -160,7 +156,9 @@ def _run(
     }
 
 
-def _tested(job: Job, small: Any, regions: Sequence[Region], test: data.LabelledImages) -> dict[str, float]:
+def _tested(
+    job: Job, small: fx.GraphModule, regions: Sequence[Region], test: data.LabelledImages
+) -> dict[str, float]:
     """Accuracy of both networks, how often they agree, and the feature error on some of the test images."""
     original = job.original
     readers = (

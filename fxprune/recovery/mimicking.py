@@ -23,7 +23,7 @@ __all__ = ["Attempt", "Mimicking", "mimic"]
 logger = logging.getLogger(__name__)
 
 _AWAY = 1.25
-"""An error that is so many times the one at the start, at the first look, does not come down again in time."""
+"""Where the error at the first look is more than so many times that at the start, a smaller rate is tried instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,8 @@ class _Best:
         return on_main(self._measure)
 
     def _keep(self) -> None:
-        self._state = copy.deepcopy(
-            self._network.state_dict()
-        )  # quantised modules keep more than tensors in it
+        # deep, for quantised modules keep more than tensors in it
+        self._state = copy.deepcopy(self._network.state_dict())
 
 
 def mimic(
