@@ -11,7 +11,7 @@ from fxprune.validation import is_number, is_whole, one_of, require
 
 __all__ = ["RECIPES", "FitSettings", "Recipe", "Selection", "recipe_named"]
 
-Optimizer = Literal["sgd", "adam", "relative-adam", "width-adam"]
+Optimizer = Literal["sgd", "adam", "relative-adam", "relative-muon", "width-adam"]
 Schedule = Literal["step", "cosine", "constant"]
 BatchNormMode = Literal["eval", "train", "either"]
 Selection = Literal["greedy", "independent", "exact"]
@@ -23,7 +23,8 @@ class FitSettings:
 
     Attributes:
         optimizer: `sgd`, `adam`, or `relative-adam`, whose steps are relative to the size of each output channel's
-            weights: networks whose batch norm was folded away have channels of very different sizes. `width-adam`
+            weights: networks whose batch norm was folded away have channels of very different sizes. `relative-muon`
+            makes such steps by Muon, which moves matrices in all their directions alike. `width-adam`
             divides the rate by the number of channels that a weight reads, so that adaptors of all widths learn alike.
         iterations: Steps; 0 leaves the start as it is.
         learning_rate: At the beginning.
@@ -41,9 +42,12 @@ class FitSettings:
         rates: Learning rates to try, from the largest down, until one leads to a smaller error; with none it is
             `learning_rate`.
         looks: How often the error on held-back images is looked at, the end included; the best state is kept.
-        near_iterations: Steps in front of the others that compare at the junctions right behind the cuts and train what
-            lies before those: a small part of the network, so that they are cheap, and bear a larger rate.
-        junctions: Whether features are compared at junctions before the tap too, each by its variance.
+        near_cuts: Whether to compare at the junctions right behind the cuts in place of the tap, where there are such,
+            and to train what lies before those: a small part of the network, so that steps are cheap and bear a larger
+            rate.
+        final_iterations: Steps behind the others, at the next smaller rate, on all images, those held back among them;
+            none where none are held back or where the others did not help.
+        junctions: Whether features at the tap are compared at junctions before it too, each by its variance.
         changed_only: Whether what lies before the first change is left alone: it answers the same in both networks.
 
     Raises:
@@ -64,7 +68,8 @@ class FitSettings:
     cutmix: bool = False
     rates: tuple[float, ...] = ()
     looks: int = 1
-    near_iterations: int = 0
+    near_cuts: bool = False
+    final_iterations: int = 0
     junctions: bool = False
     changed_only: bool = False
 
@@ -88,7 +93,7 @@ class FitSettings:
                     isinstance(self.rates, tuple) and all(is_number(rate, 0) for rate in self.rates),
                     "it must be a tuple of positive numbers",
                 ),
-                ("near_iterations", is_whole(self.near_iterations, 0), count),
+                ("final_iterations", is_whole(self.final_iterations, 0), count),
                 ("looks", is_whole(self.looks), "it must be a whole number, 1 or more"),
             ),
         )
@@ -162,11 +167,12 @@ RECIPES: dict[str, Recipe] = {
             augment=False,
         ),
         mimic=FitSettings(
-            optimizer="relative-adam",
-            iterations=250,
+            optimizer="relative-muon",
+            iterations=400,
             rates=(3e-2, 1e-2, 3e-3, 1e-3),
-            looks=4,
-            near_iterations=150,
+            looks=8,
+            near_cuts=True,
+            final_iterations=100,
             weight_decay=0.0,
             schedule="cosine",
             warmup=10,

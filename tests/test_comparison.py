@@ -142,3 +142,23 @@ def test_in_place_operators_of_one_network_do_not_reach_the_other() -> None:
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     comparison.loss(Inputs((batch,))).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def test_shared_values_stand_in_for_the_images() -> None:
+    pair, original, _ = paired(resnet(), "stages.1.2")
+    comparison = pair.at_tap(changed_only=True, junctions=False)
+    kept = comparison.keep(original.images, "cpu", budget=2**20)
+    assert kept is not None and kept.size == original.images.size
+    (values,) = kept.inputs.tensors()
+    expected = comparison.error(original.images, "cpu")
+    before = values.clone()
+    assert comparison.behind().error(kept, "cpu") == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(values, before)
+    assert comparison.keep(original.images, "cpu", budget=values.nbytes) is not None
+    assert comparison.keep(original.images, "cpu", budget=values.nbytes - 1) is None
+
+
+def test_images_are_not_kept_as_shared_values() -> None:
+    pair, original, _ = paired(resnet(), "stages.1.2")
+    comparison = pair.at_tap(changed_only=False, junctions=False)
+    assert comparison.keep(original.images, "cpu", budget=2**20) is None

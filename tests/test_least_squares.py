@@ -9,7 +9,7 @@ from torch import Tensor
 import fxprune
 from fxprune.graph.regions import AdaptorSite, Side
 from fxprune.passes import Adaptor, InsertAdaptors
-from fxprune.recovery.least_squares import solve_map, start_pre_adaptors
+from fxprune.scoring.least_squares import solve_map, start_pre_adaptors
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
 

@@ -20,7 +20,6 @@ from fxprune.recovery import mimicking
 from fxprune.recovery import recover as recovery
 from fxprune.recovery.comparison import compare_whole
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
-from fxprune.recovery.mimicking import Attempt, Mimicking
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
 from fxprune.recovery.training import adaptable_norms, fit_features, optimise, trainable_parameters
@@ -107,7 +106,7 @@ def recovered(
 ) -> Recovered:
     gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]  # a name
     region = fxprune.discover(gm).regions[0]
-    given = {"near_iterations": 0, "iterations": 30, **settings}
+    given = {"iterations": 30, "final_iterations": 0, **settings}
     mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **given)  # type: ignore[arg-type]  # of many types
     original = Original(gm, find_tap(gm), draw([pictures]))
     return recovery.recover(original, [region], {}, mimic, held_back=held_back)
@@ -148,17 +147,66 @@ def test_what_leads_away_at_the_first_look_is_given_up_there() -> None:
     assert 0 < fit.best <= 40
 
 
-def test_the_fit_at_the_tap_goes_on_where_the_one_near_the_cuts_found_its_rate() -> None:
-    def tried(*before: Attempt, best: int, normalised: bool) -> list[tuple[str, float]]:
-        settings = FitSettings(rates=(0.1, 0.01, 0.001), batch_norm="either")
-        return mimicking._to_try(settings, normalised, Mimicking("near the cuts", before, best))
+def test_the_last_fit_takes_in_the_images_held_back_and_says_so() -> None:
+    held_back = CalibrationSet(Inputs((images(8, seed=1),)))
+    rates = {"rates": (1e-2, 3e-3, 1e-3)}
+    without, result = (
+        recovered(tiny(), images(), held_back=held_back, final_iterations=count, **rates) for count in (0, 20)
+    )
+    first, last = result.mimicking
+    assert (first,) == without.mimicking and not without.notes
+    assert last.compared == "on all images" and 0 < last.best <= 20
+    assert last.last.learning_rate < first.last.learning_rate
+    assert result.after.held_back == without.after.held_back
+    assert result.after.fitted.images == without.after.fitted.images
+    assert result.after.fitted.feature_error < without.after.fitted.feature_error
+    assert result.notes == (
+        f"the last {last.best} steps were fitted to all {8 + len(images())} images: what is said of those held back is "
+        "from before",
+    )
 
-    train, running = Attempt(0.1, "train", 9, 0.5), Attempt(0.01, "eval", 9, 0.5)
-    assert tried(train, best=5, normalised=True) == [("train", 0.1), ("train", 0.01), ("train", 0.001)]
-    assert tried(train, running, best=5, normalised=True) == [("eval", 0.001)]
-    assert tried(Attempt(0.001, "eval", 9, 0.5), best=5, normalised=True) == [("eval", 0.001)]
-    assert tried(running, best=0, normalised=False) == [("eval", 0.1), ("eval", 0.01), ("eval", 0.001)]
-    assert tried(running, best=0, normalised=True)[:2] == [("train", 0.1), ("eval", 0.1)]
+
+def test_without_held_back_images_or_a_fit_that_helped_there_is_no_last_fit() -> None:
+    assert len(recovered(tiny(), images(), final_iterations=20).mimicking) == 1
+    held_back = CalibrationSet(Inputs((images(8, seed=1),)))
+    useless = {"optimizer": "sgd", "rates": (1e8,)}
+    assert (
+        len(recovered(tiny(), images(), held_back=held_back, final_iterations=20, **useless).mimicking) == 1
+    )
+
+
+class Staged(nn.Module):
+    """Two stages, of two residual blocks and of one, without batch norm: images `[N, 3, 8, 8]` to scores `[N, 5]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+        self.between = nn.Conv2d(6, 6, 2, stride=2)
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        x = self.between(x)
+        x = x + self.last(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_near_the_cuts_only_what_lies_before_the_junction_is_trained() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Staged()
+    before_the_junction = {"stem", "blocks.1", "between"}
+    near, whole = (recovered(network, pictures(), near_cuts=one) for one in (True, False))
+    assert near.mimicking[0].compared == "near the cuts" and whole.mimicking[0].compared == "at the tap"
+    for result, trained in ((near, before_the_junction), (whole, {*before_the_junction, "last"})):
+        before, after = network.state_dict(), result.graph.state_dict()
+        changed = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert changed == trained
+        assert result.loss_after < result.loss_before
 
 
 @pytest.mark.parametrize("rate", [2.0, 1e8])
@@ -201,7 +249,14 @@ def test_the_best_state_is_kept_and_not_the_last(monkeypatch: pytest.MonkeyPatch
 def test_held_back_images_judge_and_are_not_fitted() -> None:
     """The fitted images are noise that a classifier of other noise need not answer alike: they mislead."""
     others = CalibrationSet(Inputs((images(40, seed=1),)))
-    misled = {"iterations": 30, "rates": (), "learning_rate": 3e-2, "looks": 30, "cutmix": False}
+    misled = {
+        "iterations": 30,
+        "rates": (),
+        "learning_rate": 3e-2,
+        "looks": 30,
+        "cutmix": False,
+        "optimizer": "relative-adam",
+    }
     dark = images(6) * 0.05
     result, alone = (recovered(tiny(), dark, held_back=judges, **misled) for judges in (others, None))
     assert result.after.held_back and result.before.held_back
@@ -255,3 +310,46 @@ def test_width_adam_moves_the_outputs_of_all_widths_alike_and_narrow_ones_less()
     )
     moved = [float((w.detach() @ torch.ones(len(w))).abs().max()) for w in weights]
     assert moved == pytest.approx([0.1 * 4 / 16, 0.1, 0.1])
+
+
+def stepped(weight: Tensor, slope: Tensor, steps: int = 1) -> Tensor:
+    """How `relative-muon` at a rate of 0.01 changes a weight whose loss has a constant slope."""
+    trained = nn.Parameter(weight.clone())
+    settings = FitSettings("relative-muon", learning_rate=0.01, schedule="constant", weight_decay=0.0)
+    optimise([trained], ((trained * slope).sum() for _ in range(steps)), settings, where="here")
+    return trained.detach() - weight
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (12, 4, 3, 3)])
+def test_muon_moves_a_matrix_in_all_directions_by_the_rate_times_the_size_of_each_channel(
+    shape: tuple[int, ...],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.arange(-2, 2)[torch.arange(shape[0]) % 4].view(-1, *[1] * (len(shape) - 1))
+    weight, slope = (torch.randn(shape, generator=generator) for _ in "ab")
+    weight = weight / weight.flatten(1).square().mean(1).sqrt().view_as(sizes) * sizes
+    steep = slope.flatten(1) @ torch.diag(
+        torch.logspace(0, -1, slope[0].numel())
+    )  # one direction far above another
+    moved = stepped(weight, steep.view(shape) / sizes) / sizes
+    assert (moved * steep.view(shape)).sum() < 0
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.01, rel=0.25)
+    singular = torch.linalg.svdvals(moved.flatten(1))
+    assert singular.max() / singular.min() < 2
+
+
+def test_muon_leaves_vectors_and_depthwise_convolutions_to_adam() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((7,), (6, 1, 3, 3), (1, 8)):
+        weight, slope = (torch.randn(shape, generator=generator) for _ in "ab")
+        trained = nn.Parameter(weight.clone())
+        settings = FitSettings("relative-adam", learning_rate=0.01, schedule="constant", weight_decay=0.0)
+        optimise([trained], ((trained * slope).sum() for _ in range(3)), settings, where="here")
+        assert torch.equal(stepped(weight, slope, steps=3), trained.detach() - weight)
+
+
+def test_muon_takes_the_rate_of_the_schedule_for_all_weights() -> None:
+    weights = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    settings = FitSettings("relative-muon", iterations=1, learning_rate=1.0, warmup=99, schedule="constant")
+    optimise(weights, [sum((w.sum() for w in weights), torch.zeros(()))], settings, where="here")
+    assert all(float((w.detach() - 1).abs().max()) < 0.02 for w in weights)

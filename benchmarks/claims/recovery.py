@@ -1,7 +1,7 @@
 """Recovery alone, on fixed regions: adaptors alone, each recipe, and the default without each of its parts, in turns.
 
     python -m benchmarks.claims.recovery [--quick] [--models resnet20,resnet56] [--images 50,500] [--seeds 3]
-    python -m benchmarks.claims.recovery --models resnet20 --variants fast,without-near-fit,without-junctions --out NAME
+    python -m benchmarks.claims.recovery --models resnet20 --variants fast,at-the-tap,adam --out NAME
 
 Recovery is everything between the choice and the recovered network: adaptors fitted for the whole set and folded (but
 for `practise`, which mimics from the bare cut), then mimicking. Of the images that are drawn, a fifth is held back as
@@ -56,13 +56,14 @@ def _mimicking(**settings: Any) -> Callable[[], Recipe]:
     return lambda: replace(fast, mimic=replace(fast.mimic, **settings))
 
 
-_FAST: FitSettings = RECIPES["fast"].mimic
 VARIANTS: Mapping[str, Callable[[], Recipe]] = {
-    "adaptors": _mimicking(near_iterations=0, iterations=0),
+    "adaptors": _mimicking(iterations=0),
     "fast": _mimicking(),
     "practise": lambda: RECIPES["practise"],
-    "without-near-fit": _mimicking(near_iterations=0, iterations=_FAST.near_iterations + _FAST.iterations),
-    "without-junctions": _mimicking(junctions=False),
+    "at-the-tap": _mimicking(near_cuts=False),
+    "at-the-tap-without-junctions": _mimicking(near_cuts=False, junctions=False),
+    "without-final-fit": _mimicking(final_iterations=0),
+    "adam": _mimicking(optimizer="relative-adam"),
     "whole-network": _mimicking(changed_only=False),
     "running-statistics": _mimicking(batch_norm="eval"),
     "batch-statistics": _mimicking(batch_norm="train"),
@@ -127,8 +128,8 @@ def _shortened(recipe: Recipe, iterations: int | None) -> Recipe:
         return recipe
 
     def at_most(fit: FitSettings) -> FitSettings:
-        near = min(iterations, fit.near_iterations)
-        return replace(fit, iterations=min(iterations, fit.iterations), near_iterations=near)
+        final = min(iterations, fit.final_iterations)
+        return replace(fit, iterations=min(iterations, fit.iterations), final_iterations=final)
 
     return replace(recipe, adaptor=at_most(recipe.adaptor), mimic=at_most(recipe.mimic))
 

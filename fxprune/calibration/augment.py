@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from fxprune.errors import OptionError
 from fxprune.graph.call import Inputs
 
-__all__ = ["Augmentation", "augmentation", "cutmix", "random_crop_flip"]
+__all__ = ["Augmentation", "augmentable", "augmentation", "cutmix", "random_crop_flip"]
 
 Augmentation: TypeAlias = Callable[[Inputs, Generator], Inputs]
 """Gives a batch of the same shapes; draws its random numbers from the generator only."""
@@ -102,26 +102,36 @@ def _span(count: int, extent: int, generator: Generator) -> Tensor:
     return (starts <= positions) & (positions < starts + lengths)
 
 
+def augmentable(inputs: Inputs) -> Tensor | None:
+    """The one tensor of a batch that may be changed at random, None where there is none.
+
+    It is the only four-dimensional one, floating-point with the channels first. Batches with several such tensors
+    (image and mask, two frames: they may have to stay aligned), with none (tokens), and with the channels last (at
+    most 4 in the last dimension, more in dimension 1) have none.
+    """
+    found = [leaf for leaf in inputs.tensors() if leaf.ndim == 4]
+    if len(found) != 1 or found[0].shape[3] <= 4 < found[0].shape[1] or not found[0].is_floating_point():
+        return None
+    return found[0]
+
+
 def augmentation(*, crop_flip: bool, mix: bool) -> Augmentation | None:
     """What changes batches at random: `random_crop_flip`, `cutmix`, both or, as None, neither.
 
-    Applied when the batch has exactly one four-dimensional tensor and that one is floating-point with the
-    channels first. Left unchanged: batches with several four-dimensional tensors (image and mask, two
-    frames: they may have to stay aligned), with none (tokens), and with the channels last (at most 4 in the
-    last dimension, more in dimension 1).
+    Batches without an `augmentable` tensor are left unchanged.
     """
     if not crop_flip and not mix:
         return None
 
     def augment(inputs: Inputs, generator: Generator) -> Inputs:
-        found = [leaf for leaf in inputs.tensors() if leaf.ndim == 4]
-        if len(found) != 1 or found[0].shape[3] <= 4 < found[0].shape[1] or not found[0].is_floating_point():
+        found = augmentable(inputs)
+        if found is None:
             return inputs
-        images = found[0]
+        images = found
         if crop_flip:
             images = random_crop_flip(images, generator)
         if mix:
             images = cutmix(images, generator)
-        return inputs.map(lambda leaf: images if leaf is found[0] else leaf)
+        return inputs.map(lambda leaf: images if leaf is found else leaf)
 
     return augment

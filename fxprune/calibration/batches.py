@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxprune.calibration.augment import Augmentation
 from fxprune.errors import CalibrationError, OptionError
-from fxprune.graph.call import Inputs
+from fxprune.graph.call import Inputs, is_batched
 
 __all__ = ["CalibrationSet", "check_positive"]
 
@@ -104,6 +104,15 @@ class CalibrationSet:
         parts = torch.split(permutation, [count, self.size - count])
         first, second = (CalibrationSet(self.inputs.select(part.sort().values)) for part in parts)
         return first, second
+
+    def joined(self, other: CalibrationSet) -> CalibrationSet:
+        """The images of this set and then those of another one with the same structure."""
+        mine, structure = pytree.tree_flatten((self.inputs.args, self.inputs.kwargs))
+        theirs = pytree.tree_leaves((other.inputs.args, other.inputs.kwargs))
+        both = [
+            torch.cat([one, two]) if is_batched(one) else one for one, two in zip(mine, theirs, strict=True)
+        ]
+        return CalibrationSet(Inputs(*pytree.tree_unflatten(both, structure)))
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over structure, shapes, types and bytes: equal exactly when the images are."""

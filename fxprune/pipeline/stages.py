@@ -84,6 +84,7 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
             maps,
             recipe.mimic,
             held_back=job.held_back,
+            cache_bytes=job.options.cache_bytes,
             progress=job.show_progress,
         )
     return recovered, plan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.calibration.augment import augmentable
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.graph.call import Inputs
@@ -23,6 +24,9 @@ __all__ = ["Comparison", "Pair", "compare_whole"]
 _SCALED_BY = 16
 """Images whose features tell how large the values at each junction are."""
 
+_KEPT_AT_ONCE = 32
+"""Images in one call when shared values are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -36,11 +40,34 @@ class Comparison:
         weights: Of each group's mean squared error in the loss.
     """
 
-    shared: FeatureReader
+    shared: Callable[[Inputs], tuple[Tensor, ...]]
     teacher: fx.GraphModule
     student: fx.GraphModule
     groups: tuple[int, ...]
     weights: tuple[float, ...]
+
+    def keep(self, images: CalibrationSet, device: str, budget: int) -> CalibrationSet | None:
+        """The values that both networks share, for some images, in their place; see `behind`.
+
+        None where they cannot stand in for images that are changed at random, which takes one tensor of channels and
+        pixels in place of one, where they are the images, or where they take more than `budget` bytes.
+        """
+        example = images.example(2)
+        with torch.no_grad():
+            given = Inputs(self.shared(example.to(device)))
+        image, value = augmentable(example), augmentable(given)
+        if image is None or value is None or len(given.args) > 1 or len(value) != example.batch_size:
+            return None
+        if value.shape == image.shape or value.nbytes * images.size > budget * example.batch_size:
+            return None
+        with torch.no_grad():
+            parts = [self.shared(batch.to(device))[0].cpu() for batch in images.batches(_KEPT_AT_ONCE)]
+        return CalibrationSet(Inputs((torch.cat(parts),)))
+
+    def behind(self) -> Comparison:
+        """The same comparison for batches of the values that both networks share, in place of images."""
+        # copies: the student may begin with an in-place operator
+        return replace(self, shared=lambda inputs: tuple(map(copied, inputs.args)))
 
     def loss(self, inputs: Inputs) -> Tensor:
         """What a fit makes small for a batch: the weighted sum of the groups' errors (PRACTISE, eq. 1)."""

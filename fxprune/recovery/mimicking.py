@@ -48,7 +48,7 @@ class Mimicking:
     """How one fit of mimicking went.
 
     Attributes:
-        compared: Where: `near the cuts` or `at the tap`.
+        compared: Where: `near the cuts` or `at the tap`; or `on all images`, those held back too, at the same place.
         attempts: In the order in which they were made, all from the same state; the last one holds.
         best: Steps of it after which the state was the best, which is the one that was kept; 0 where no attempt had a
             better one than the start, so that all were undone.
@@ -106,7 +106,6 @@ def mimic(
     measure: Callable[[], float],
     *,
     title: str,
-    before: Mimicking | None = None,
     progress: bool = False,
 ) -> Mimicking:
     """Trains a network towards the original, and leaves it in the best state that was seen.
@@ -122,7 +121,6 @@ def mimic(
         settings: Of the fit.
         measure: Tells how far the network is from the original, best of all on images that are not fitted.
         title: Of the fit, in progress bars and in what is returned.
-        before: The fit in front of this one: what failed there is not tried again.
         progress: Whether to draw progress bars.
 
     Raises:
@@ -135,7 +133,7 @@ def mimic(
             f"the feature error in front of mimicking is {start}: the images or the weights are out of range"
         )
     attempts: list[Attempt] = []
-    for mode, rate in _to_try(settings, bool(adaptable_norms(comparison.student)), before):
+    for mode, rate in _to_try(settings, bool(adaptable_norms(comparison.student))):
         taken = 0
 
         def look(step: int) -> None:
@@ -169,21 +167,13 @@ def mimic(
     return Mimicking(title, tuple(attempts), best.step)
 
 
-def _to_try(
-    settings: FitSettings, normalised: bool, before: Mimicking | None
-) -> list[tuple[BatchNormMode, float]]:
+def _to_try(settings: FitSettings, normalised: bool) -> list[tuple[BatchNormMode, float]]:
     """Modes of batch norms and rates in the order in which they are tried.
 
-    Where normalising by the batch does harm it does so at any rate, so it is tried at the largest alone. Behind a fit
-    that found its mode and rate, this mode goes on: at that rate where batches normalise, which bears it, else at the
-    next smaller one, for more is trained.
+    Where normalising by the batch does harm it does so at any rate, so it is tried at the largest alone.
     """
     rates = sorted(settings.rates or (settings.learning_rate,), reverse=True)
     if settings.batch_norm != "either":
         return [(settings.batch_norm, rate) for rate in rates]
-    if before is not None and before.best:
-        mode, found = before.last.batch_norm, before.last.learning_rate
-        smaller = [rate for rate in rates if rate < found or (rate == found and mode == "train")]
-        return [(mode, rate) for rate in smaller or rates[-1:]]
     running: list[tuple[BatchNormMode, float]] = [("eval", rate) for rate in rates]
     return [("train", rates[0]), *running] if normalised else running

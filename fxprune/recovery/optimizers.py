@@ -12,6 +12,10 @@ from fxprune.recipes import FitSettings
 
 __all__ = ["optimizer_for"]
 
+MOMENTUM = 0.95
+NEWTON_SCHULZ_STEPS = 5
+"""Muon's, as published."""
+
 NARROWEST = 16
 """Weights with fewer inputs count as having so many where the rate depends on the width: their fits overshot."""
 
@@ -28,6 +32,8 @@ def optimizer_for(parameters: Sequence[nn.Parameter], settings: FitSettings) -> 
         return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)
     if settings.optimizer == "relative-adam":
         return _RelativeAdam(parameters, lr=rate, weight_decay=decay)
+    if settings.optimizer == "relative-muon":
+        return _RelativeMuon(parameters, lr=rate, weight_decay=decay)
     by_width = settings.optimizer == "width-adam"
     groups = [
         {"params": [p], "lr": rate / max(NARROWEST, p.shape[-1]) if by_width else rate} for p in parameters
@@ -68,3 +74,71 @@ class _RelativeAdam(torch.optim.Adam):
         for parameter, old, size in zip(self._trained, before, self._sizes, strict=True):
             parameter.sub_(old).mul_(size).add_(old)
         return result
+
+
+class _RelativeMuon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) on matrices, in steps that are relative to each output channel; Adam on the rest.
+
+    Muon moves a matrix along all of its directions alike: its step is the momentum with all singular values made 1.
+    Here it steps on the weights divided by the size that their channels had when training began, and its step's root
+    mean square is the learning rate, so that the rate means what it does to `_RelativeAdam`, which trains what is no
+    matrix: vectors, and the weights of depthwise convolutions. `torch.optim.Muon` takes matrices only, and computes in
+    bfloat16, which many processors do not have.
+
+    Args:
+        parameters: What to train.
+        lr: Relative step, as in `_RelativeAdam`.
+        weight_decay: L2 penalty, coupled.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        trained = [p for group in self.param_groups for p in group["params"]]
+        self._sizes = {p: _size(p.detach()) for p in trained if _is_matrix(p)}
+        rest = [p for p in trained if p not in self._sizes]
+        self._rest = _RelativeAdam(rest, lr=lr, weight_decay=weight_decay) if rest else None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Muon on each matrix, and one of Adam."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._sizes and parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group["lr"], group["weight_decay"])
+            if self._rest is not None:
+                for own in self._rest.param_groups:
+                    own["lr"] = group["lr"]
+        if self._rest is not None:
+            self._rest.step()
+        return loss
+
+    def _move(self, weight: Tensor, gradient: Tensor, rate: float, decay: float) -> None:
+        size, state = self._sizes[weight], self.state[weight]
+        slope = (gradient.add(weight, alpha=decay) * size).flatten(1)
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(slope)
+        momentum = state["momentum"].mul_(MOMENTUM).add_(slope)
+        direction = _orthogonalised(slope.add(momentum, alpha=MOMENTUM))  # Nesterov's
+        # the entries of a matrix whose singular values are 1 are smaller by the root of its larger side
+        scale = max(direction.shape) ** 0.5
+        weight.sub_(direction.view_as(weight) * size, alpha=rate * scale)
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether a weight mixes channels: not a vector, and not that of a depthwise convolution."""
+    return weight.dim() >= 2 and min(weight.shape[:2]) > 1
+
+
+def _orthogonalised(matrix: Tensor) -> Tensor:
+    """Nearly the closest matrix with orthogonal rows or columns, by a quintic Newton-Schulz iteration.
+
+    The coefficients are those of Muon: singular values come out between about 0.7 and 1.2. In float32 at least.
+    """
+    transposed = matrix.shape[0] > matrix.shape[1]
+    wide: Tensor = (matrix.t() if transposed else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    wide = wide / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.t()
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return (wide.t() if transposed else wide).to(matrix.dtype)

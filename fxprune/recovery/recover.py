@@ -15,7 +15,7 @@ from fxprune.graph.regions import AdaptorSite, Region
 from fxprune.options import FitSettings
 from fxprune.passes import Cut, FoldAdaptors
 from fxprune.placement.placement import find_sites
-from fxprune.recovery.comparison import Pair
+from fxprune.recovery.comparison import Comparison, Pair
 from fxprune.recovery.features import FeatureReader, surviving_tap
 from fxprune.recovery.fidelity import Fidelities, fidelities
 from fxprune.recovery.mimicking import Mimicking, mimic
@@ -95,6 +95,7 @@ def recover(
     settings: FitSettings,
     *,
     held_back: CalibrationSet | None = None,
+    cache_bytes: int = 0,
     progress: bool = False,
 ) -> Recovered:
     """Cuts a set of regions and repairs the rest by mimicking the original (MiR; PRACTISE, eq. 4).
@@ -106,6 +107,7 @@ def recover(
         settings: Of the mimicking.
         held_back: Images to measure on beside those of the original, and to tell which settings and which state of
             mimicking are the best; nothing is fitted to them. Without, the fitted images tell.
+        cache_bytes: Memory for what lies before the first change to be computed once, where it is left alone.
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(original, regions, maps)
@@ -113,40 +115,73 @@ def recover(
     operators = [site.operator for site in maps or find_sites(original.graph, regions).sites]
     pair = Pair(original, student, regions, operators)
     whole = pair.at_tap(changed_only=settings.changed_only, junctions=settings.junctions)
-    judges = original.images if held_back is None else held_back
-    fits = [("at the tap", whole, settings)]
-    if settings.near_iterations and (near := pair.at_near_junctions()) is not None:
-        fits.insert(0, ("near the cuts", near, replace(settings, iterations=settings.near_iterations)))
-    done: list[Mimicking] = []
-    for title, comparison, one in fits:
-        parameters = trainable_parameters(comparison.student, student)
-        if parameters and one.iterations:
-            done.append(
-                mimic(
-                    student,
-                    comparison,
-                    parameters,
-                    original,
-                    one,
-                    lambda: whole.error(judges, original.device),
-                    title=title,
-                    before=done[-1] if done else None,
-                    progress=progress,
-                )
-            )
-    if not done:
+    near = pair.at_near_junctions() if settings.near_cuts else None
+    title, comparison = ("at the tap", whole) if near is None else ("near the cuts", near)
+    parameters = trainable_parameters(comparison.student, student)
+    if not parameters or not settings.iterations:
         return Recovered(student, before, before, fold_error)
+    sets = [original.images] if held_back is None else [original.images, held_back]
+    if settings.changed_only and (kept := _kept(comparison, sets, original.device, cache_bytes)):
+        sets, whole, comparison = kept, whole.behind(), comparison.behind()
+        settings = replace(
+            settings, batch_size=settings.images_per_step(original.images.pixels), max_pixels=None
+        )
+
+    def fitted_to(images: CalibrationSet, judges: CalibrationSet, fit: FitSettings, title: str) -> Mimicking:
+        return mimic(
+            student,
+            comparison,
+            parameters,
+            replace(original, images=images),
+            fit,
+            lambda: whole.error(judges, original.device),
+            title=title,
+            progress=progress,
+        )
+
+    done = [fitted_to(sets[0], sets[-1], settings, title)]
+    after = fidelities(original, student, regions, held_back)
     notes = _norms_that_stay(whole.student, settings)
-    if not any(one.best for one in done):
-        rates = sorted({attempt.learning_rate for one in done for attempt in one.attempts}, reverse=True)
-        tried = ", ".join(f"{rate:g}" for rate in rates)
+    last, best = done[0].last, done[0].best
+    if not best:
+        tried = ", ".join(
+            f"{rate:g}" for rate in sorted({one.learning_rate for one in done[0].attempts})[::-1]
+        )
         notes.append(
             f"mimicking, at a learning rate of {tried}, did not lower the feature error, so it was undone"
         )
     for note in notes:
         logger.warning("%s", note)
-    after = fidelities(original, student, regions, held_back)
+    if best and held_back is not None and settings.final_iterations:
+        everything = sets[0].joined(sets[1])
+        final = replace(
+            settings,
+            iterations=settings.final_iterations,
+            rates=(_next_smaller(settings, last.learning_rate),),
+            batch_norm=last.batch_norm,
+        )
+        done.append(fitted_to(everything, everything, final, "on all images"))
+        if done[-1].best:
+            after = replace(after, fitted=fidelities(original, student, regions).fitted)
+            notes.append(
+                f"the last {done[-1].best} steps were fitted to all {everything.size} images: what is said of those "
+                "held back is from before"
+            )
     return Recovered(student, before, after, fold_error, tuple(notes), tuple(done))
+
+
+def _kept(
+    comparison: Comparison, sets: Sequence[CalibrationSet], device: str, budget: int
+) -> list[CalibrationSet] | None:
+    """The values that both networks share for each of some sets of images; None where they cannot all be kept."""
+    kept = [comparison.keep(images, device, budget) for images in sets]
+    found = [one for one in kept if one is not None]
+    return found if len(found) == len(sets) else None
+
+
+def _next_smaller(settings: FitSettings, rate: float) -> float:
+    """The largest of the rates below one, or that one where it is the smallest."""
+    return max((other for other in settings.rates if other < rate), default=rate)
 
 
 def _norms_that_stay(part: fx.GraphModule, settings: FitSettings) -> list[str]:

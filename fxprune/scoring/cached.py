@@ -26,11 +26,11 @@ from fxprune.placement.dense import OperatorIndex
 from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.features import feature_loss
-from fxprune.recovery.least_squares import start_pre_adaptors
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import optimise
 from fxprune.scoring.activations import Activations, bytes_per_image, example_batch, rows_per_image
 from fxprune.scoring.changed_part import ChangedPart
+from fxprune.scoring.least_squares import start_pre_adaptors
 
 __all__ = ["CachedScorer"]
 
