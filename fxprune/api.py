@@ -16,7 +16,7 @@ from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
 from fxprune.pipeline.closing import EXAMPLE, REPORT, close, close_sweep
 from fxprune.pipeline.opening import open_job
-from fxprune.pipeline.stages import choose, repair, score, survey
+from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.timing import latency as timing
@@ -68,7 +68,7 @@ def compress(
     Args:
         model: The network, a traced graph of it, or an exported program; it is not changed.
         loader: The calibration images: a tensor `[N, C, H, W]`, a dataset, a data loader or any iterable of batches.
-        k: How many regions to cut; alternatively give `target_speedup` or `target_latency_ms`.
+        k: How many regions to cut; alternatively give `target_speedup`, `target_latency_ms` or `regions`.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
         evaluate: Called with a copy of the original, before any long work, and of the compressed network; returns a
             number, such as an accuracy. The report holds both.
@@ -92,7 +92,7 @@ def compress(
     options = Options.of(k, submodule, **settings)
     options.require_goal()
     with open_job(model, loader, options, evaluate) as job:
-        plan = choose(job, score(job))
+        plan = as_asked(job) if options.regions else choose(job, score(job))
         recovered, plan = repair(job, plan)
         return close(job, plan, recovered)
 

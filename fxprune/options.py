@@ -71,6 +71,7 @@ class CompressSettings(Settings, total=False):
 
     target_speedup: float | None
     target_latency_ms: float | None
+    regions: Iterable[str]
     min_agreement: float | None
     onnx: bool
 
@@ -83,6 +84,8 @@ class Options:
         k: How many regions to cut.
         target_speedup: Alternatively, how much faster: original latency over new latency, above 1.
         target_latency_ms: Alternatively, the latency to reach, in milliseconds.
+        regions: Alternatively, labels of what to cut, as `fxprune.discover` and reports name it: exactly these go, and
+            nothing is scored or timed to choose.
         min_agreement: Least top-1 agreement with the original on held-back calibration images, in [0, 1].
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
         criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut.
@@ -118,6 +121,7 @@ class Options:
     k: int | None = None
     target_speedup: float | None = None
     target_latency_ms: float | None = None
+    regions: tuple[str, ...] = ()
     min_agreement: float | None = None
     recipe: Recipe = RECIPES["fast"]
     criterion: Criterion = "recovery"
@@ -159,12 +163,14 @@ class Options:
         if "ignore" in given:
             ignore = given["ignore"]
             given["ignore"] = (ignore,) if isinstance(ignore, str) or callable(ignore) else tuple(ignore)
+        if "regions" in given:
+            given["regions"] = _labels(given["regions"])
         if given.get("out") is not None:
             given["out"] = _path(given["out"])
         return cls(k=k, submodule=submodule, **given)
 
     def __post_init__(self) -> None:
-        given = [name for name in _GOALS if getattr(self, name) is not None]
+        given = [name for name in _GOALS if getattr(self, name) not in (None, ())]
         if len(given) > 1:
             raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not {given}")
         optional_count = "it must be a whole number, 1 or more"
@@ -222,9 +228,9 @@ class Options:
         """Refuses options without a goal.
 
         Raises:
-            OptionError: None of the three is set.
+            OptionError: None is set.
         """
-        if self.k is None and not self.has_target:
+        if self.k is None and not self.has_target and not self.regions:
             raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not none of them")
 
     def filled(self, device: str, threads: int) -> Options:
@@ -247,8 +253,8 @@ class Options:
         }
 
 
-_GOALS = ("k", "target_speedup", "target_latency_ms")
-_GOALS_IN_WORDS = "k, target_speedup and target_latency_ms"
+_GOALS = ("k", "target_speedup", "target_latency_ms", "regions")
+_GOALS_IN_WORDS = "k, target_speedup, target_latency_ms and regions"
 
 
 def takes(settings: type) -> Callable[[Function], Function]:
@@ -286,6 +292,13 @@ def takes(settings: type) -> Callable[[Function], Function]:
 def _name_of(value: object) -> str:
     """A string as it is, a function by its name."""
     return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
+
+
+def _labels(regions: Iterable[str]) -> tuple[str, ...]:
+    labels = (regions,) if isinstance(regions, str) else tuple(regions)
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise OptionError(f"regions is {regions!r}; it must be labels of regions, at least one")
+    return labels
 
 
 def _path(out: object) -> str:

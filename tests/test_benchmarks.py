@@ -246,7 +246,9 @@ def test_scoring_ablation_rows(results: Path) -> None:
 
 def test_scoring_refuses_what_does_not_fit(results: Path) -> None:
     none = [*TINY, "--reference-iterations", "0", "--timed-iterations", "0", "--repeats", "1"]
-    with pytest.raises(OptionError, match=r"no region is called nowhere; the regions are: layer1\.0"):
+    with pytest.raises(
+        OptionError, match=r"regions names nowhere, and no region is called that; there are: layer1\.0"
+    ):
         scoring.main([*none, "--regions", "nowhere"])
     with pytest.raises(OptionError, match="cannot take figures"):
         scoring.main([*none, "--regions", "layer3.1", "--reference-from", str(results / "absent.json")])
@@ -312,7 +314,7 @@ def test_recovery_names_what_it_does_not_know(wrong: list[str], results: Path) -
 
 
 def test_recovery_names_regions_that_are_not_there(results: Path) -> None:
-    with pytest.raises(OptionError, match="no region is called nowhere"):
+    with pytest.raises(OptionError, match="regions names nowhere"):
         recovery.main([*RECOVERED, "--regions", "nowhere"])
 
 

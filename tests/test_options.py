@@ -38,6 +38,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "k": {"k": 1},
     "target_speedup": {"k": None, "target_speedup": 1.2},
     "target_latency_ms": {"k": None, "target_latency_ms": 25.0},
+    "regions": {"k": None, "regions": ("body.0", "body.3")},
     "min_agreement": {"min_agreement": 0.0},
     "recipe": {"recipe": brief("practise", adaptor=2, mimic=1)},
     "criterion": {"criterion": "l2"},

@@ -20,6 +20,7 @@ from fxprune.pipeline import opening, stages, targets
 from fxprune.pipeline.job import StageTimes
 from fxprune.scoring.cached import CachedScorer
 from fxprune.selection.planner import Planner
+from fxprune.selection.plans import regions_named
 from tests.doubles import brief, comparison, count_latency
 from tests.tiny import BLOCKS, images, tiny
 
@@ -64,12 +65,15 @@ def ratio(small: nn.Module) -> float:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of k, target_speedup and target_latency_ms, not none of them"),
+        ({}, "exactly one of k, target_speedup, target_latency_ms and regions, not none of them"),
         ({"k": 1, "target_speedup": 1.2}, r"not \['k', 'target_speedup'\]"),
         ({"target_latency_ms": 1.0, "target_speedup": 1.2}, r"not \['target_speedup', 'target_latency_ms'\]"),
         ({"target_speedup": 0.9}, "target_speedup is 0.9; it must be above 1"),
         ({"target_speedup": 1.0}, "must be above 1"),
         ({"target_latency_ms": 0.0}, "target_latency_ms is 0.0; it must be positive"),
+        ({"k": 1, "regions": ["body.1"]}, r"not \['k', 'regions'\]"),
+        ({"regions": []}, r"regions is \[\]; it must be labels of regions, at least one"),
+        ({"regions": [1]}, r"regions is \[1\]; it must be labels"),
         ({"k": 0}, "k is 0; it must be a whole number, 1 or more"),
         ({"k": True}, "k is True"),
         ({"k": 5}, "k is 5, but at most 4 regions"),
@@ -153,6 +157,42 @@ def test_least_agreement_is_taken_on_images_kept_apart() -> None:
     # four images were kept apart, and every image counts in one figure alone
     assert 16 * report.agreement + 4 * report.held_back_agreement == agreeing
     assert fxprune.report(compress(1)).held_back_agreement is None
+
+
+@pytest.mark.parametrize("recipe", ["fast", "practise"])
+def test_named_regions_are_cut_without_scoring_or_timing_others(recipe: str, work) -> None:
+    small = compress(regions=["body.3", "body.1"], recipe=brief(recipe, adaptor=2, mimic=2))
+    report = fxprune.report(small)
+    assert report.plan.chosen == ("body.1", "body.3") and report.plan.scores == ()
+    assert "recovery" in report.durations and not {"latency", "scoring", "selection"} & set(report.durations)
+    assert "cut as asked for: body.1, body.3" in str(report)
+    names = {name for name, _ in small.named_modules()}
+    assert not any(name.startswith(("body.1", "body.3")) for name in names) and "body.2" in names
+    assert work == ([("fit", "body.1", "body.3")] if recipe == "fast" else [])
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ("body.9", r"regions names body.9, and no region is called that; did you mean body\.\d"),
+        (["xyz"], r"regions names xyz, .* called that; there are: body\.0, body\.1"),
+    ],
+)
+def test_regions_that_are_not_there_are_named(regions: str | list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        compress(regions=regions)
+
+
+def test_a_region_that_was_refused_says_why() -> None:
+    with pytest.raises(OptionError, match=r"regions names body.1, which cannot be cut: .*ignore"):
+        compress(regions="body.1", ignore="body.1")
+
+
+def test_regions_that_overlap_are_refused() -> None:
+    one = next(iter(fxprune.discover(fxprune.trace(tiny(), images(2))).regions))
+    nested = replace(one, label="outer")
+    with pytest.raises(OptionError, match=f"regions names {one.label} and outer, which overlap"):
+        regions_named(["outer", one.label], [one, nested], [])
 
 
 def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

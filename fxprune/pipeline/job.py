@@ -45,8 +45,8 @@ class Job:
         original: The network to be compressed, a private copy, and what always goes with it.
         trainable: Names of its parameters that the caller had not frozen.
         discovery: Regions and rejections.
-        held_back: Images that nothing is fitted to, a fifth of all; None where there are too few and no
-            `min_agreement`.
+        held_back: Images that nothing is fitted to but in the last steps, a fifth of all; None where there are too few
+            and no `min_agreement`.
         entropy: Of the classes that the original names on all images; see `fxprune.judging.answers.entropy`.
         notes: What the user should know about the images.
         judge: The caller's own measures of a network.

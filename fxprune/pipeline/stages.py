@@ -18,10 +18,10 @@ from fxprune.reports.sweep import SweepPoint
 from fxprune.scoring.joint_losses import JointLosses
 from fxprune.scoring.scorer import fit_all
 from fxprune.selection.planner import Planner, require_enough
-from fxprune.selection.plans import BlockScore, DropPlan
+from fxprune.selection.plans import BlockScore, DropPlan, regions_named
 from fxprune.timing.savings import SCORING, measure_savings
 
-__all__ = ["choose", "repair", "savings", "score", "survey", "worst_fold_error"]
+__all__ = ["as_asked", "choose", "repair", "savings", "score", "survey", "worst_fold_error"]
 
 
 def score(job: Job) -> tuple[BlockScore, ...]:
@@ -69,6 +69,12 @@ def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
     return DropPlan(tuple(scores), chosen)
 
 
+def as_asked(job: Job) -> DropPlan:
+    """The plan that the caller named: nothing is scored and nothing timed."""
+    found = job.discovery
+    return DropPlan((), regions_named(job.options.regions, found.regions, found.rejections))
+
+
 def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
     """Cuts the plan's regions, folds adaptors fitted for the whole set, and mimics."""
     recipe, maps = job.options.recipe, {}
@@ -91,8 +97,9 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
 
 
 def worst_fold_error(job: Job, plan: DropPlan) -> float | None:
-    """The worst fold error of the adaptors that the chosen regions were scored with."""
-    errors = [cut_and_fold(job.original, [r], job.fits[r.label].maps)[1] for r in plan.regions]
+    """The worst fold error of the adaptors that the chosen regions were scored with; None where they were not."""
+    scored = [region for region in plan.regions if region.label in job.fits]
+    errors = [cut_and_fold(job.original, [r], job.fits[r.label].maps)[1] for r in scored]
     return max((error for error in errors if error is not None), default=None)
 
 

@@ -18,9 +18,12 @@ from fxprune.recovery.comparison import Comparison
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import adaptable_norms, fit_features
 
-__all__ = ["Attempt", "Mimicking", "mimic"]
+__all__ = ["ON_ALL", "Attempt", "Mimicking", "mimic"]
 
 logger = logging.getLogger(__name__)
+
+ON_ALL = "on all images"
+"""What a fit says of itself that takes in the images that were held back."""
 
 _AWAY = 1.25
 """Where the error at the first look is more than so many times that at the start, a smaller rate is tried instead."""
@@ -48,7 +51,8 @@ class Mimicking:
     """How one fit of mimicking went.
 
     Attributes:
-        compared: Where: `near the cuts` or `at the tap`; or `on all images`, those held back too, at the same place.
+        compared: Where: `near the cuts` or `at the tap`; or `on all images`, those held back too, at the same place
+            as the fit in front of it.
         attempts: In the order in which they were made, all from the same state; the last one holds.
         best: Steps of it after which the state was the best, which is the one that was kept; 0 where no attempt had a
             better one than the start, so that all were undone.

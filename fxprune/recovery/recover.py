@@ -18,7 +18,7 @@ from fxprune.placement.placement import find_sites
 from fxprune.recovery.comparison import Comparison, Pair
 from fxprune.recovery.features import FeatureReader, surviving_tap
 from fxprune.recovery.fidelity import Fidelities, fidelities
-from fxprune.recovery.mimicking import Mimicking, mimic
+from fxprune.recovery.mimicking import ON_ALL, Mimicking, mimic
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import fixed_norms, trainable_parameters
 
@@ -35,7 +35,7 @@ class Recovered:
     Attributes:
         graph: The network, sharing nothing with the original.
         before: How near it was to the original before mimicking: cut, adaptors folded.
-        after: The same after it.
+        after: The same after it; on the held-back images before the final iterations.
         fold_error: See `CompressionReport`.
         notes: What the user should know.
         mimicking: How the fits of mimicking went, in their order; empty where there was nothing to train.
@@ -106,7 +106,7 @@ def recover(
         maps: Fitted adaptors to fold in first; empty for PRACTISE, which mimics from the bare cut.
         settings: Of the mimicking.
         held_back: Images to measure on beside those of the original, and to tell which settings and which state of
-            mimicking are the best; nothing is fitted to them. Without, the fitted images tell.
+            mimicking are the best; nothing but the final iterations is fitted to them. Without, the fitted images tell.
         cache_bytes: Memory for what lies before the first change to be computed once, where it is left alone.
         progress: Whether to draw a progress bar.
     """
@@ -160,7 +160,7 @@ def recover(
             rates=(_next_smaller(settings, last.learning_rate),),
             batch_norm=last.batch_norm,
         )
-        done.append(fitted_to(everything, everything, final, "on all images"))
+        done.append(fitted_to(everything, everything, final, ON_ALL))
         if done[-1].best:
             after = replace(after, fitted=fidelities(original, student, regions).fitted)
             notes.append(

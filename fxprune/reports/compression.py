@@ -13,7 +13,7 @@ from fxprune.graph.regions import Rejection
 from fxprune.judging.judge import Accuracy
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.recovery.fidelity import Fidelities
-from fxprune.recovery.mimicking import Mimicking
+from fxprune.recovery.mimicking import ON_ALL, Mimicking
 from fxprune.reports.tables import render
 from fxprune.selection.plans import DropPlan
 
@@ -33,7 +33,7 @@ class CompressionReport:
         latency: The compressed network against the original.
         rejections: Candidates that cannot be dropped, with reasons.
         fidelity_before: How near the network was to the original after the cut, before mimicking.
-        fidelity_after: The same after mimicking.
+        fidelity_after: The same after mimicking; on the held-back images before the last steps fit them (see `notes`).
         mimicking: How the fits between the two went, in their order.
         entropy: Of the classes that the original names on all calibration images, over the largest possible, in [0, 1];
             None without class scores or with fewer than two images.
@@ -140,7 +140,8 @@ class CompressionReport:
                 ]
             )
         headers = ["", "region", "kind", "recovery loss", "saves ms", "saves", "score"]
-        lines = [render(headers, rows), "", self._latency_line()]
+        named = f"cut as asked for: {', '.join(self.plan.chosen)}"
+        lines = [render(headers, rows) if rows else named, "", self._latency_line()]
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
         lines.extend(self._mimicking_lines())
@@ -173,23 +174,32 @@ class CompressionReport:
         ]
 
     def _fidelity_lines(self) -> list[str]:
-        """Two lines for the fitted images, and two for those held back: each after the cut, and at the end."""
+        """Two lines for the fitted images, and two for those held back: each after the cut, and at the end.
+
+        Images that were held back count no longer as such once the last steps have fitted them.
+        """
         before, after = self.fidelity_before, self.fidelity_after
+        taken_in = any(fit.compared == ON_ALL and fit.best for fit in self.mimicking)
         lines: list[str] = []
-        for first, last, which in (
-            (before.fitted, after.fitted, "fitted"),
-            (before.held_back, after.held_back, "held-back"),
+        for first, last, which, end in (
+            (before.fitted, after.fitted, "fitted", "at the end"),
+            (
+                before.held_back,
+                after.held_back,
+                "held-back",
+                "before all were fitted" if taken_in else "at the end",
+            ),
         ):
             if first is None or last is None:
                 continue
             on = f"{which} images ({last.images}):"
             lines.append(
-                f"{on} feature error {first.feature_error:.4g} after the cut, {last.feature_error:.4g} at the end"
+                f"{on} feature error {first.feature_error:.4g} after the cut, {last.feature_error:.4g} {end}"
             )
             if first.agreement is not None and last.agreement is not None:
                 lines.append(
                     f"{on} same top-1 class as the original on {100 * first.agreement:.1f} % after the cut, "
-                    f"{100 * last.agreement:.1f} % at the end"
+                    f"{100 * last.agreement:.1f} % {end}"
                 )
         return lines
 
