@@ -145,6 +145,8 @@ def test_what_leads_away_at_the_first_look_is_given_up_there() -> None:
     (fit,) = recovered(tiny(), images(), rates=(2.0, 1e-2), **settings).mimicking
     assert [attempt.iterations for attempt in fit.attempts] == [5, 40]
     assert 0 < fit.best <= 40
+    (alone,) = recovered(tiny(), images(), rates=(2.0,), **settings).mimicking
+    assert [attempt.iterations for attempt in alone.attempts] == [40]
 
 
 def test_the_last_fit_takes_in_the_images_held_back_and_says_so() -> None:

@@ -115,7 +115,7 @@ def mimic(
     """Trains a network towards the original, and leaves it in the best state that was seen.
 
     The rates are tried from the largest down, all from the same state, until one leads to a better one. An attempt that
-    has clearly led away from the original at the first look is given up there.
+    has clearly led away from the original at the first look is given up there, where another setting is left to try.
 
     Args:
         student: The network; changed in place.
@@ -137,14 +137,16 @@ def mimic(
             f"the feature error in front of mimicking is {start}: the images or the weights are out of range"
         )
     attempts: list[Attempt] = []
-    for mode, rate in _to_try(settings, bool(adaptable_norms(comparison.student))):
+    to_try = _to_try(settings, bool(adaptable_norms(comparison.student)))
+    for mode, rate in to_try:
         taken = 0
 
         def look(step: int) -> None:
             nonlocal taken
             first, taken = not taken, step
             best.look(step)
-            if first and step < settings.iterations and not best.last <= _AWAY * start:
+            others_left = len(attempts) + 1 < len(to_try)
+            if first and others_left and step < settings.iterations and not best.last <= _AWAY * start:
                 raise _AwayError
 
         try:
