@@ -24,6 +24,7 @@ __all__ = [
     "CompressSettings",
     "Criterion",
     "FitSettings",
+    "FrontEnd",
     "KindName",
     "Options",
     "Recipe",
@@ -35,6 +36,7 @@ __all__ = [
 
 Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda"]
 Criterion = Literal["recovery", "l2", "kl"]
+FrontEnd = Literal["auto", "fx", "export"]
 KindName = Literal["identity", "projection", "sequential"]
 
 _SEEDS = 2**63
@@ -55,6 +57,7 @@ class Settings(TypedDict, total=False):
     kinds: str | Iterable[str]
     ignore: Patterns
     tap: str | None
+    front_end: FrontEnd
     input_fn: Callable[[Any], Any] | None
     images: int
     labels: Any
@@ -97,6 +100,7 @@ class Options:
         ignore: What must stay; see `fxprune.discover`.
         tap: Node or module whose output is mimicked, if not the features before the final pooling.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
+        front_end: How the network is captured; see `fxprune.trace`.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use; of 20 or more a fifth is held back, to measure on what nothing was
             fitted to.
@@ -132,6 +136,7 @@ class Options:
     ignore: tuple[str | Callable[[Any], bool], ...] = ()
     tap: str | None = None
     submodule: str | None = None
+    front_end: FrontEnd = "auto"
     input_fn: Callable[[Any], Any] | None = None
     images: int = 500
     labels: Any = None
@@ -196,6 +201,7 @@ class Options:
                 one_of("criterion", self.criterion, Criterion),
                 ("selection", self.selection in (None, *get_args(Selection)), listed(Selection)),
                 one_of("backend", self.backend, Backend),
+                one_of("front_end", self.front_end, FrontEnd),
                 (
                     "device",
                     self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)) is not None,

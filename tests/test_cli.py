@@ -315,6 +315,7 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
         "kinds": ("identity",),
         "ignore": ("stem",),
         "tap": "relu_3",
+        "front_end": "auto",
         "images": 2,
         "labels": None,
         "latency_batch": None,

@@ -49,6 +49,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "ignore": {"ignore": "body.3"},
     "tap": {"tap": "add_3"},
     "submodule": {"submodule": "body"},
+    "front_end": {"front_end": "export"},
     "input_fn": {"input_fn": brighter},
     "images": {"images": 5},
     "labels": {"labels": [(images(4), torch.tensor([0, 1, 2, 3]))]},

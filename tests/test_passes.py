@@ -23,6 +23,7 @@ from fxprune.errors import (
 )
 from fxprune.graph.extract import share
 from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.options import FrontEnd
 from fxprune.passes import (
     Adaptor,
     Canonicalize,
@@ -38,7 +39,6 @@ from fxprune.passes import (
     StoreWeights,
 )
 from fxprune.placement.placement import find_sites
-from fxprune.tracing.trace import FrontEnd
 from tests.strategies import BlockSpec, NetSpec, image_batch, skipped
 
 SPEC = NetSpec((4, 6), (2,), (True,), ((BlockSpec("basic"),) * 2, (BlockSpec("bottleneck"),) * 3))

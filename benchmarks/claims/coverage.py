@@ -49,9 +49,9 @@ from fxprune.export import serving
 from fxprune.files import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Discovery, Kind, Region
+from fxprune.options import FrontEnd
 from fxprune.passes import Adaptor, Cut, DropRegions, FoldAdaptors, Prepare
 from fxprune.placement.placement import find_sites
-from fxprune.tracing.trace import FrontEnd
 
 __all__ = ["Row", "main", "measure_case"]
 

@@ -37,7 +37,7 @@ from fxprune.graph.shapes import propagate_shapes
 from fxprune.judging.answers import alike, answers, entropy
 from fxprune.judging.judge import Evaluate, Judge
 from fxprune.memory import memory_explained
-from fxprune.options import Options
+from fxprune.options import FrontEnd, Options
 from fxprune.passes import Prepare
 from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
@@ -116,7 +116,7 @@ def make_job(
         labels = None
         if options.labels is not None:
             labels = LabelledImages(options.labels, images, options, _input_names(model))
-        graph = _capture(network, images, str(options.device))
+        graph = _capture(network, images, str(options.device), options.front_end)
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
         whole = options.submodule is None or options.tap is not None
@@ -243,13 +243,14 @@ def _input_names(model: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else ()
 
 
-def _capture(model: Any, images: CalibrationSet, device: str) -> fx.GraphModule:
+def _capture(model: Any, images: CalibrationSet, device: str, front_end: FrontEnd) -> fx.GraphModule:
     """A private copy of the network with shapes on every node: the only place where the caller's model is read."""
     example = images.example(2)
     _check_type(model, images)
-    inputs = None if isinstance(model, fx.GraphModule) else example.to(_device(None, model)).given
+    as_it_is = isinstance(model, fx.GraphModule) and front_end != "export"
+    inputs = None if as_it_is else example.to(_device(None, model)).given
     try:
-        traced = trace(model, inputs)
+        traced = trace(model, inputs, front_end=front_end)
         _check_finite(traced)
         Prepare()(traced)
         traced.to(device)

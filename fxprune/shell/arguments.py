@@ -8,7 +8,7 @@ from functools import partial
 from typing import get_args
 
 from fxprune.graph.regions import Kind
-from fxprune.options import RECIPES, Backend, Criterion, Selection
+from fxprune.options import RECIPES, Backend, Criterion, FrontEnd, Selection
 
 __all__ = ["FORMS", "MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
 
@@ -77,6 +77,7 @@ def _add_model(parser: ArgumentParser) -> None:
     add("--size", type=_size, default=224, help="image height and width (224)")
     kinds = f"kinds of region: {','.join(_KINDS)} (identity)"
     add("--kinds", type=_kinds, default=("identity",), help=kinds)
+    add("--front-end", choices=get_args(FrontEnd), default="auto", help="how the network is captured (auto)")
     several = "regions to leave alone; several with commas, or the option again"
     add("--ignore", type=_split, action="extend", default=[], metavar="PATTERN", help=several)
 
@@ -124,7 +125,6 @@ def add_inspect(parser: ArgumentParser) -> None:
     """Arguments of `fxprune inspect`."""
     _add_model(parser)
     parser.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="in place of --size")
-    parser.add_argument("--front-end", choices=("auto", "fx", "export"), default="auto")
 
 
 def add_compress(parser: ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -19,13 +19,14 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.errors import OptionError, TraceError
 from fxprune.graph.shapes import propagate_shapes, unfit
+from fxprune.options import FrontEnd
 from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
 from fxprune.tracing.mutation import show_mutation
 from fxprune.tracing.unwrap import inner, unwrapped
+from fxprune.validation import listed
 
-__all__ = ["FrontEnd", "split_inputs", "trace"]
+__all__ = ["split_inputs", "trace"]
 
-FrontEnd = Literal["auto", "fx", "export"]
 TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -241,8 +242,8 @@ def trace(
             is random, TorchScript, or not initialised, or `torch.autocast` is on.
         GraphError: The network does not run on the example inputs.
     """
-    if front_end not in ("auto", "fx", "export"):
-        raise OptionError(f"front_end is {front_end!r}; it must be 'auto', 'fx' or 'export'")
+    if front_end not in get_args(FrontEnd):
+        raise OptionError(f"front_end is {front_end!r}; {listed(FrontEnd)}")
     model = unwrapped(model)
     args, kwargs = split_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
