@@ -15,7 +15,7 @@ from fxprune.judging.answers import class_scores
 from fxprune.recovery.features import FeatureReader, mean_error, surviving_tap
 from fxprune.recovery.original import Original
 
-__all__ = ["Fidelities", "Fidelity", "fidelities", "overfitted"]
+__all__ = ["Fidelities", "Fidelity", "fidelity", "overfitted"]
 
 _LEAST_DIFFERENCE = 0.02
 """An agreement that is lower by no more than this is no reason to worry, however sure it is."""
@@ -49,35 +49,28 @@ class Fidelities:
     held_back: Fidelity | None
 
 
-def fidelities(
-    original: Original,
-    student: fx.GraphModule,
-    regions: Sequence[Region],
-    held_back: CalibrationSet | None = None,
-) -> Fidelities:
-    """Measures a network against the original.
+def fidelity(
+    original: Original, student: fx.GraphModule, regions: Sequence[Region], images: CalibrationSet
+) -> Fidelity:
+    """Measures a network against the original on some images.
 
     Args:
-        original: The network that it comes from, with the images that are fitted to.
+        original: The network that it comes from.
         student: The network, on the same device.
         regions: What it lacks.
-        held_back: The images that nothing is fitted to.
+        images: To measure on.
     """
     teacher = _Reader(original.graph, original.tap)
     reader = _Reader(student, surviving_tap(original.tap, regions))
+    named: list[tuple[Tensor | None, Tensor | None]] = []
 
-    def on(images: CalibrationSet) -> Fidelity:
-        named: list[tuple[Tensor | None, Tensor | None]] = []
+    def features(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        (got, ours), (wanted, theirs) = reader(inputs), teacher(inputs)
+        named.append((ours, theirs))
+        return got, wanted
 
-        def features(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            (got, ours), (wanted, theirs) = reader(inputs), teacher(inputs)
-            named.append((ours, theirs))
-            return got, wanted
-
-        error = mean_error(features, images, original.device)
-        return Fidelity(images.size, agreement(named), error)
-
-    return Fidelities(on(original.images), None if held_back is None else on(held_back))
+    error = mean_error(features, images, original.device)
+    return Fidelity(images.size, agreement(named), error)
 
 
 def agreement(named: Sequence[tuple[Tensor | None, Tensor | None]]) -> float | None:

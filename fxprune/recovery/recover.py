@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +18,7 @@ from fxprune.passes import Cut, FoldAdaptors
 from fxprune.placement.placement import find_sites
 from fxprune.recovery.comparison import Comparison, Pair
 from fxprune.recovery.features import FeatureReader, surviving_tap
-from fxprune.recovery.fidelity import Fidelities, fidelities
+from fxprune.recovery.fidelity import Fidelities, fidelity
 from fxprune.recovery.mimicking import ON_ALL, Mimicking, mimic
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import fixed_norms, trainable_parameters
@@ -111,7 +112,8 @@ def recover(
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(original, regions, maps)
-    before = fidelities(original, student, regions, held_back)
+    measure = partial(fidelity, original, student, regions)
+    before = Fidelities(measure(original.images), None if held_back is None else measure(held_back))
     operators = [site.operator for site in maps or find_sites(original.graph, regions).sites]
     pair = Pair(original, student, regions, operators)
     whole = pair.at_tap(changed_only=settings.changed_only, junctions=settings.junctions)
@@ -140,7 +142,7 @@ def recover(
         )
 
     done = [fitted_to(sets[0], sets[-1], settings, title)]
-    after = fidelities(original, student, regions, held_back)
+    after_held_back = None if held_back is None else measure(held_back)
     notes = _norms_that_stay(whole.student, settings)
     last, best = done[0].last, done[0].best
     if not best:
@@ -157,16 +159,17 @@ def recover(
         final = replace(
             settings,
             iterations=settings.final_iterations,
+            looks=1,  # they take as long as the images are many, and nothing is left to choose
             rates=(_next_smaller(settings, last.learning_rate),),
             batch_norm=last.batch_norm,
         )
         done.append(fitted_to(everything, everything, final, ON_ALL))
         if done[-1].best:
-            after = replace(after, fitted=fidelities(original, student, regions).fitted)
             notes.append(
                 f"the last {done[-1].best} steps were fitted to all {everything.size} images: what is said of those "
                 "held back is from before"
             )
+    after = Fidelities(measure(original.images), after_held_back)
     return Recovered(student, before, after, fold_error, tuple(notes), tuple(done))
 
 
