@@ -60,11 +60,11 @@ def count_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxprune.timing.latency.compare", compare)
 
 
-def brief(name: str = "fast", *, adaptor: int = 1, mimic: int = 1) -> Recipe:
-    """A known recipe, cut down to a few iterations."""
+def brief(name: str = "fast", *, adaptor: int = 1, mimic: int = 1, final: int = 0) -> Recipe:
+    """A known recipe, cut down to a few iterations, by default without those on all images."""
     recipe = RECIPES[name]
     return replace(
         recipe,
         adaptor=replace(recipe.adaptor, iterations=adaptor, batch_size=4),
-        mimic=replace(recipe.mimic, iterations=mimic, batch_size=4),
+        mimic=replace(recipe.mimic, iterations=mimic, batch_size=4, final_iterations=final),
     )

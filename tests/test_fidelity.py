@@ -100,6 +100,17 @@ def test_nothing_is_fitted_to_what_is_held_back(monkeypatch: pytest.MonkeyPatch)
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
 
+def test_the_last_steps_fit_what_is_held_back_and_the_report_says_so() -> None:
+    without, report = (reported(images(20), recipe=brief(mimic=8, final=final)) for final in (0, 4))
+    assert report.mimicking[1].compared == "on all images" and report.mimicking[1].best
+    assert report.fidelity_after.held_back == without.fidelity_after.held_back
+    assert report.fidelity_after.fitted != without.fidelity_after.fitted
+    assert any("steps were fitted to all 20 images" in note for note in report.notes)
+    held_back = [line for line in str(report).splitlines() if line.startswith("held-back images (4):")]
+    assert len(held_back) == 2 and all(line.endswith("before all were fitted") for line in held_back)
+    assert "before all were fitted" not in str(without)
+
+
 # --- what is measured ---
 
 
@@ -190,10 +201,11 @@ def test_well_below_is_by_more_than_chance_and_two_points(fidelity: Fidelities, 
 def test_the_report_warns_of_a_network_that_learnt_its_images(
     after: float, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = iter(
-        [measured(1.0, 32, 1.0 - after, 8), measured(1.0, 32, after, 8)]
-    )  # before mimicking, after it
-    monkeypatch.setattr("fxprune.recovery.recover.fidelities", lambda *_: next(given))
+    given = iter((1.0 - after, after))  # on the held-back images before mimicking, and after it
+    monkeypatch.setattr(
+        "fxprune.recovery.recover.fidelity",
+        lambda *of: Fidelity(of[-1].size, next(given) if of[-1].size == 8 else 1.0, 0.1),
+    )
     with caplog.at_level(logging.WARNING):
         report = reported(images(40))
     words = "names the original's class on 100.0 % of the 32 images that it was fitted to, but on only 0.0 % of the 8"
