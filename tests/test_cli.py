@@ -451,6 +451,7 @@ def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) ->
         "device": None,
         "kinds": ("identity", "sequential"),
         "tap": None,
+        "front_end": "auto",
         "images": 2,
         "labels": None,
         "latency_batch": None,

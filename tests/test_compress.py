@@ -374,7 +374,7 @@ def test_several_inputs_and_structured_outputs() -> None:
         ({"k": -1}, OptionError, "k is -1"),
         ({"k": 1.5}, OptionError, "whole number"),
         ({"k": True}, OptionError, "whole number"),
-        ({"k": None}, OptionError, "exactly one of k, target_speedup and target_latency_ms"),
+        ({"k": None}, OptionError, "exactly one of k, target_speedup, target_latency_ms and regions"),
         ({"target_speedup": 1.3}, OptionError, "exactly one"),
         ({"k": None, "target_speedup": 0.9}, OptionError, "above 1"),
         ({"k": None, "target_latency_ms": 0.0}, OptionError, "positive"),
