@@ -266,6 +266,17 @@ def test_split_is_disjoint_complete_and_seeded() -> None:
     assert [part.size for part in images.split(0.001, seed=0)] == [1, 9]
 
 
+def test_joined_sets_hold_the_images_of_both_in_order() -> None:
+    first, second = (
+        CalibrationSet(Inputs((images,), {"scale": torch.tensor(2.0)}))
+        for images in (numbered(5)[:2], numbered(5)[2:])
+    )
+    both = first.joined(second)
+    assert numbers(both.inputs) == [0, 1, 2, 3, 4] and both.size == 5
+    assert torch.equal(both.inputs.kwargs["scale"], torch.tensor(2.0))
+    assert numbers(first.inputs) == [0, 1]
+
+
 def test_impossible_splits_and_batches_are_refused() -> None:
     images = CalibrationSet(Inputs((numbered(1),)))
     with pytest.raises(OptionError):

@@ -435,6 +435,25 @@ def test_only_the_first_process_warns(
     assert logging.getLogger("fxprune").level == logging.NOTSET
 
 
+def test_named_regions_are_a_goal_of_their_own(traced, replace, photos, capsys) -> None:
+    compress, _ = replace("compress", torch.fx.symbolic_trace(Residual())), replace("report", Report())
+    argv = [
+        "compress",
+        "m",
+        "--data",
+        str(photos),
+        "--size",
+        "8",
+        "--no-progress",
+        "--regions",
+        "body.1,body.3",
+    ]
+    assert cli.main(argv) == 0
+    assert compress.kwargs["regions"] == ["body.1", "body.3"] and compress.kwargs["k"] is None
+    assert cli.main([*argv, "--k", "2"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) -> None:
     sweep = replace("sweep", Report())
     out = tmp_path / "out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from functools import partial
 from typing import get_args
 
@@ -134,7 +134,7 @@ def add_compress(parser: ArgumentParser) -> None:
     goal.add_argument("--target-speedup", type=float, metavar="X", help="for instance 1.3")
     goal.add_argument("--target-latency-ms", type=float, metavar="T")
     named = "cut exactly these regions, as inspect names them; several with commas"
-    goal.add_argument("--regions", type=_split, default=(), metavar="LABEL", help=named)
+    goal.add_argument("--regions", type=_split, default=SUPPRESS, metavar="LABEL", help=named)
     least = "least top-1 agreement with the original"
     parser.add_argument("--min-agreement", type=float, metavar="F", help=least)
     part = "compress this part of the network only; files hold the part"

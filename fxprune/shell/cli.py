@@ -136,10 +136,7 @@ def _together() -> Iterator[bool]:
 def _asked_for(args: argparse.Namespace, talks: bool) -> dict[str, Any]:
     """Keywords of `fxprune.compress` and `fxprune.sweep`."""
     known = {field.name for field in fields(Options)}
-    given = {name: value for name, value in vars(args).items() if name in known}
-    if not given.get("regions"):
-        given.pop("regions", None)
-    return given | {
+    return {name: value for name, value in vars(args).items() if name in known} | {
         "ignore": tuple(args.ignore),
         "cache_bytes": args.cache_mib * 2**20,
         "progress": talks and args.progress,
