@@ -89,7 +89,8 @@ class Options:
         target_latency_ms: Alternatively, the latency to reach, in milliseconds.
         regions: Alternatively, labels of what to cut, as `fxprune.discover` and reports name it: exactly these go, and
             nothing is scored or timed to choose.
-        min_agreement: Least top-1 agreement with the original on held-back calibration images, in [0, 1].
+        min_agreement: Least top-1 agreement with the original on held-back calibration images, before the last steps
+            fit them, in [0, 1].
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
         criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut.
         selection: `greedy` scores again after every cut, `independent` takes the k best scores, `exact` tries all sets;
@@ -103,7 +104,7 @@ class Options:
         front_end: How the network is captured; see `fxprune.trace`.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use; of 20 or more a fifth is held back, to measure on what nothing was
-            fitted to.
+            fitted to, before the last steps of mimicking fit all.
         labels: Labelled images to measure accuracy on, never to fit to: a loader that can be read several times, whose
             batches are `(inputs, labels)`, or a dataset of such pairs. Inputs are like the calibration images, labels
             are whole numbers `[N]`, indices of the network's outputs. `input_fn` is given the whole pair.

@@ -154,6 +154,8 @@ def test_shared_values_stand_in_for_the_images() -> None:
     before = values.clone()
     assert comparison.behind().error(kept, "cpu") == pytest.approx(expected, rel=1e-5)
     assert torch.equal(values, before)
+    (handed_on,) = comparison.behind().shared(kept.inputs)  # a copy: an in-place operator may come first
+    assert torch.equal(handed_on, values) and handed_on.data_ptr() != values.data_ptr()
     assert comparison.keep(original.images, "cpu", budget=values.nbytes) is not None
     assert comparison.keep(original.images, "cpu", budget=values.nbytes - 1) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from fxprune.calibration.drawing import draw
 from fxprune.discovery.taps import find_tap
 from fxprune.errors import CalibrationError, OptionError
 from fxprune.graph.call import Inputs
-from fxprune.options import RECIPES, FitSettings
+from fxprune.options import RECIPES, FitSettings, FrontEnd
 from fxprune.recovery import mimicking
 from fxprune.recovery import recover as recovery
-from fxprune.recovery.comparison import compare_whole
+from fxprune.recovery.comparison import Comparison, compare_whole
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
@@ -84,14 +85,14 @@ def test_pixels_are_counted_where_there_are_images(shapes: list[tuple[int, ...]]
         ("batch_size", 0),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+def test_settings_out_of_range_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"{field} is {re.escape(str(value))}; it must"):
-        FitSettings(**{field: value})  # type: ignore[arg-type]  # wrong on purpose
+        FitSettings(**{field: value})
 
 
 @pytest.mark.parametrize("several", [{"rates": (0.1, 0.2)}, {"batch_norm": "either"}])
-def test_only_mimicking_tries_several_settings(several: dict[str, object]) -> None:
-    fit = replace(RECIPES["fast"].adaptor, **several)  # type: ignore[arg-type]  # of two types
+def test_only_mimicking_tries_several_settings(several: dict[str, Any]) -> None:
+    fit = replace(RECIPES["fast"].adaptor, **several)
     with pytest.raises(OptionError, match="only mimicking tries several rates"):
         replace(RECIPES["fast"], adaptor=fit)
 
@@ -100,16 +101,18 @@ def recovered(
     network: nn.Module,
     pictures: Tensor,
     *,
-    front_end: str = "fx",
+    front_end: FrontEnd = "fx",
     held_back: CalibrationSet | None = None,
-    **settings: object,
+    label: str | None = None,
+    cache_bytes: int = 0,
+    **settings: Any,
 ) -> Recovered:
-    gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]  # a name
-    region = fxprune.discover(gm).regions[0]
+    gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)
+    region = next(one for one in fxprune.discover(gm).regions if label in (None, one.label))
     given = {"iterations": 30, "final_iterations": 0, **settings}
-    mimic = replace(RECIPES["fast"].mimic, batch_size=6, augment=False, **given)  # type: ignore[arg-type]  # of many types
+    mimic = replace(RECIPES["fast"].mimic, batch_size=6, **{"augment": False, **given})
     original = Original(gm, find_tap(gm), draw([pictures]))
-    return recovery.recover(original, [region], {}, mimic, held_back=held_back)
+    return recovery.recover(original, [region], {}, mimic, held_back=held_back, cache_bytes=cache_bytes)
 
 
 def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> None:
@@ -209,6 +212,32 @@ def test_near_the_cuts_only_what_lies_before_the_junction_is_trained() -> None:
         changed = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], before[name])}
         assert changed == trained
         assert result.loss_after < result.loss_before
+
+
+def test_what_lies_before_the_first_change_runs_once_where_its_values_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Staged()
+    widths: list[int] = []
+    real = Comparison.loss
+
+    def loss(self: Comparison, inputs: Inputs) -> Tensor:
+        widths.append(inputs.tensors()[0].shape[1])
+        return real(self, inputs)
+
+    monkeypatch.setattr(Comparison, "loss", loss)
+    settings: dict[str, Any] = {"label": "last", "cutmix": False}
+    kept, live = (recovered(network, pictures(), cache_bytes=size, **settings) for size in (2**20, 0))
+    assert set(widths[:30]) == {6} and set(widths[30:]) == {
+        3
+    }  # channels before the last stage, and of images
+    assert kept.loss_after == pytest.approx(live.loss_after, rel=1e-4)
+    for (name, one), other in zip(
+        kept.graph.state_dict().items(), live.graph.state_dict().values(), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("rate", [2.0, 1e8])

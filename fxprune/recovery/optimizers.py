@@ -102,14 +102,12 @@ class _RelativeMuon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Muon on each matrix, and one of Adam."""
         loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._sizes and parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group["lr"], group["weight_decay"])
-            if self._rest is not None:
-                for own in self._rest.param_groups:
-                    own["lr"] = group["lr"]
+        (group,) = self.param_groups
+        for parameter in self._sizes:
+            if parameter.grad is not None:
+                self._move(parameter, parameter.grad, group["lr"], group["weight_decay"])
         if self._rest is not None:
+            self._rest.param_groups[0]["lr"] = group["lr"]
             self._rest.step()
         return loss
 

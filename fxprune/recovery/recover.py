@@ -146,9 +146,8 @@ def recover(
     notes = _norms_that_stay(whole.student, settings)
     last, best = done[0].last, done[0].best
     if not best:
-        tried = ", ".join(
-            f"{rate:g}" for rate in sorted({one.learning_rate for one in done[0].attempts})[::-1]
-        )
+        rates = sorted({attempt.learning_rate for attempt in done[0].attempts}, reverse=True)
+        tried = ", ".join(f"{rate:g}" for rate in rates)
         notes.append(
             f"mimicking, at a learning rate of {tried}, did not lower the feature error, so it was undone"
         )

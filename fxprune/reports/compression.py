@@ -140,8 +140,8 @@ class CompressionReport:
                 ]
             )
         headers = ["", "region", "kind", "recovery loss", "saves ms", "saves", "score"]
-        named = f"cut as asked for: {', '.join(self.plan.chosen)}"
-        lines = [render(headers, rows) if rows else named, "", self._latency_line()]
+        chosen = render(headers, rows) if rows else f"cut as asked for: {', '.join(self.plan.chosen)}"
+        lines = [chosen, "", self._latency_line()]
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
         lines.extend(self._mimicking_lines())
