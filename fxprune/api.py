@@ -102,6 +102,7 @@ def sweep(
     model: nn.Module | ExportedProgram,
     loader: Any,
     *,
+    submodule: str | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[Settings],
 ) -> SweepReport:
@@ -112,6 +113,7 @@ def sweep(
     Args:
         model: As for `compress`.
         loader: As for `compress`.
+        submodule: As for `compress`; latencies are those of the part.
         evaluate: Called with a copy of each network, the original first, then adaptors folded; returns its accuracy.
             `labels` is another way to have one.
         **settings: Fields of `fxprune.options.Options`; goals are none of them, and `exact` has no path to follow.
@@ -123,7 +125,7 @@ def sweep(
     Raises:
         FxpruneError: As `compress`.
     """
-    options = Options.of(**settings)
+    options = Options.of(None, submodule, **settings)
     if evaluate is not None and options.labels is not None:
         raise OptionError("give labels or evaluate, not both: a sweep has one accuracy for each network")
     with open_job(model, loader, options, evaluate) as job:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Interval", "Latency", "LatencyComparison"]
+__all__ = ["CountComparison", "Interval", "Latency", "LatencyComparison"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +104,28 @@ class LatencyComparison:
     def distinguishable(self) -> bool:
         """Whether the candidate is faster beyond the noise: the whole interval lies below 1."""
         return self.interval.high < 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CountComparison:
+    """What two networks need, counted instead of timed.
+
+    Attributes:
+        unit: What was counted: `flops`, of one image, or `parameters`.
+        before: Of the reference.
+        after: Of the candidate.
+    """
+
+    unit: str
+    before: int
+    after: int
+
+    @property
+    def saving(self) -> float:
+        """The share that is saved: `(before - after) / before`."""
+        return 1.0 - self.after / self.before
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the candidate needs less; a count has no noise."""
+        return self.after < self.before

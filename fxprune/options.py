@@ -22,6 +22,7 @@ __all__ = [
     "RECIPES",
     "Backend",
     "CompressSettings",
+    "Cost",
     "Criterion",
     "FitSettings",
     "FrontEnd",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda"]
+Cost = Literal["latency", "flops", "parameters"]
 Criterion = Literal["recovery", "l2", "kl"]
 FrontEnd = Literal["auto", "fx", "export"]
 KindName = Literal["identity", "projection", "sequential"]
@@ -52,6 +54,7 @@ class Settings(TypedDict, total=False):
     recipe: str | Recipe
     criterion: Criterion
     selection: Selection | None
+    cost: Cost
     backend: Backend
     device: str | None
     kinds: str | Iterable[str]
@@ -95,6 +98,8 @@ class Options:
         criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut.
         selection: `greedy` scores again after every cut, `independent` takes the k best scores, `exact` tries all sets;
             by default what the recipe says.
+        cost: What a cut is to save: `latency`, measured, or `flops` or `parameters`, counted, where the machine at hand
+            is not the one that will serve. A target is one of latency, and needs it.
         backend: Where latency counts: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
         device: Where recovery runs, and the `torch` backend: `cpu`, `cuda` or `cuda:N`; by default where the model is.
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
@@ -131,6 +136,7 @@ class Options:
     recipe: Recipe = RECIPES["fast"]
     criterion: Criterion = "recovery"
     selection: Selection | None = None
+    cost: Cost = "latency"
     backend: Backend = "torch"
     device: str | None = None
     kinds: tuple[KindName, ...] = ("identity",)
@@ -201,6 +207,7 @@ class Options:
                 ),
                 one_of("criterion", self.criterion, Criterion),
                 ("selection", self.selection in (None, *get_args(Selection)), listed(Selection)),
+                one_of("cost", self.cost, Cost),
                 one_of("backend", self.backend, Backend),
                 one_of("front_end", self.front_end, FrontEnd),
                 (
@@ -220,6 +227,11 @@ class Options:
                 ),
             ),
         )
+        if self.cost != "latency" and self.has_target:
+            raise OptionError(
+                f"cost is {self.cost!r}, and a target is one of latency, which is then not measured: give k, or "
+                "cost='latency'"
+            )
         if self.selection == "exact" and self.k is None:
             raise OptionError(
                 "selection='exact' has no path of growing plans: it compares sets of one size, so it needs k; use "

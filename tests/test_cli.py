@@ -309,6 +309,7 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
         "min_agreement": None,
         "recipe": "practise",
         "criterion": "recovery",
+        "cost": "latency",
         "selection": None,
         "backend": "torch",
         "device": None,
@@ -465,6 +466,8 @@ def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) ->
     assert sweep.kwargs == {
         "recipe": "fast",
         "criterion": "recovery",
+        "cost": "latency",
+        "submodule": None,
         "selection": "independent",
         "backend": "torch",
         "device": None,

@@ -107,7 +107,7 @@ def test_the_report_tells_what_was_done() -> None:
     assert set(made.plan.chosen) < set(LABELS)
     assert list(made.plan.chosen) == [label for label in LABELS if label in made.plan.chosen]
     assert all(score.recovery_loss >= 0 for score in made.plan.scores)
-    assert all(0 < score.latency.saving < 1 for score in made.plan.scores)
+    assert all(0 < score.cost.saving < 1 for score in made.plan.scores)
     before, after = made.parameters
     assert before == sum(p.numel() for p in network().parameters())
     assert after == sum(p.numel() for p in small.parameters()) < before
@@ -164,7 +164,7 @@ def test_with_real_latencies() -> None:
     wide = NetSpec((32,), (), (), ((BASIC, BASIC, BASIC),))
     small = compress(network(wide), images(8, size=16), latency_batch=16)
     made = fxprune.report(small)
-    assert made.plan.scores[0].latency.distinguishable
+    assert made.plan.scores[0].cost.distinguishable
     assert isinstance(made.latency, LatencyComparison)
     assert made.latency.ratio < 1
     assert made.before.backend == "torch"

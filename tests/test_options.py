@@ -42,6 +42,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "min_agreement": {"min_agreement": 0.0},
     "recipe": {"recipe": brief("practise", adaptor=2, mimic=1)},
     "criterion": {"criterion": "l2"},
+    "cost": {"cost": "parameters"},
     "selection": {"selection": "independent"},
     "backend": {"backend": "onnxruntime-cpu"},
     "device": {"device": "cpu"},
@@ -118,7 +119,7 @@ def sweep(folder: Path, settings: dict[str, Any]) -> Answer:
 
 def rows(scores: Sequence[Any]) -> tuple[tuple[str, str, float, float, float], ...]:
     return tuple(
-        (s.region.entry, s.region.exit, s.recovery_loss, s.bare_loss, s.latency.ratio) for s in scores
+        (s.region.entry, s.region.exit, s.recovery_loss, s.bare_loss, 1 - s.cost.saving) for s in scores
     )
 
 
@@ -189,9 +190,9 @@ def test_signatures_come_from_the_options(verb: str, settings: Any) -> None:
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == defaults[name]
     own = parameters.keys() - settings.__annotations__.keys()
-    assert own == {"model", "loader", "evaluate", *({"k", "submodule"} if verb == "compress" else ())}
+    assert own == {"model", "loader", "evaluate", "submodule", *(["k"] if verb == "compress" else [])}
     assert {*own, *settings.__annotations__} >= defaults.keys() - (
-        CompressSettings.__annotations__.keys() - Settings.__annotations__.keys() | {"k", "submodule"}
+        CompressSettings.__annotations__.keys() - Settings.__annotations__.keys() | {"k"}
         if verb == "sweep"
         else set()
     )

@@ -56,7 +56,7 @@ def some_scores(seed: int, count: int = 7) -> list[BlockScore]:
 
 def brute_force_greedy(scores: Sequence[BlockScore], losses: Losses) -> list[set[str]]:
     """Every candidate scored again at every step."""
-    saving = {s.region.label: s.latency.saving for s in scores}
+    saving = {s.region.label: s.cost.saving for s in scores}
     path: list[set[str]] = []
     plan: list[Region] = []
     while True:
@@ -184,7 +184,7 @@ def test_greedy_sees_an_interaction_that_independent_does_not() -> None:
 def test_exact_finds_the_best_set(seed: int, k: int) -> None:
     scores = some_scores(seed)
     losses = Losses(scores, seed)
-    saving = {s.region.label: s.latency.saving for s in scores}
+    saving = {s.region.label: s.cost.saving for s in scores}
     sets = [s for s in combinations([s.region for s in scores], k) if disjoint(s)]
     best = min(sets, key=lambda s: losses.of(s) / sum(saving[r.label] for r in s))
     assert Planner(scores, losses, "exact").of_size(k) == best
@@ -253,9 +253,9 @@ def test_savings_add_up_and_the_order_ignores_the_unit() -> None:
     scores = some_scores(3)
     planner = Planner(scores, Losses(scores, 3), "greedy")
     plan = planner.of_size(3)
-    assert planner.saving(plan) == pytest.approx(sum(s.latency.saving for s in scores if s.region in plan))
+    assert planner.saving(plan) == pytest.approx(sum(s.cost.saving for s in scores if s.region in plan))
     scaled = [
-        BlockScore(s.region, s.recovery_loss, s.bare_loss, comparison(1e3, 1e3 * s.latency.ratio))
+        BlockScore(s.region, s.recovery_loss, s.bare_loss, comparison(1e3, 1e3 * (1 - s.cost.saving)))
         for s in scores
     ]
     assert Planner(scaled, Losses(scores, 3), "greedy").of_size(3) == plan

@@ -374,7 +374,7 @@ def test_law_9_the_unit_of_latency_does_not_matter(
     seconds, others = scores(1.0), scores(unit)
     assert seconds[0].latency.before.median_s * unit == others[0].latency.before.median_s
     assert [s.score for s in seconds] == [s.score for s in others]
-    if sum(s.latency.distinguishable for s in seconds) >= k:
+    if sum(s.cost.distinguishable for s in seconds) >= k:
         plans = [
             Planner(s, lambda sets, plan: [0.0] * len(sets), "independent").of_size(k)
             for s in (seconds, others)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.errors import MeasurementError
+from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
 from fxprune.timing import latency
+from fxprune.timing.counting import count_savings, flops
+from fxprune.timing.counting import parameters as counted_parameters
 from fxprune.timing.savings import measure_savings, without
 from tests.doubles import comparison, count_latency
 from tests.strategies import BlockSpec, NetSpec, image_batch
@@ -52,6 +57,52 @@ def test_equal_regions_are_timed_together_and_each_saves_an_equal_share(
         assert found[label].shared_by == (2 if label in pair else 1)
         block = gm.get_submodule(region.label)
         assert found[label].saving == pytest.approx(parameters(block) / (1 + parameters(gm)))
+
+
+def test_parameters_and_flops_are_counted_as_by_hand() -> None:
+    gm = traced()
+    images = image_batch()
+    image = Inputs((images[:1],))
+    regions = fxprune.discover(gm).regions
+    for region, counted in zip(regions, count_savings(gm, regions, "parameters", image), strict=True):
+        assert counted.before == parameters(gm)
+        assert counted.before - counted.after == parameters(gm.get_submodule(region.label))
+
+    worked: list[int] = []
+
+    def multiply_adds(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        worked.append(2 * out.numel() * module.weight[0].numel())
+
+    for module in gm.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(multiply_adds)
+    gm(images[:1])
+    by_hand = sum(worked)
+    assert flops(gm, image) == by_hand > 0
+
+
+def test_parameters_that_two_modules_share_count_once_and_those_of_the_graph_too() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)) * self.scale
+
+    assert counted_parameters(fxprune.trace(Shared(), torch.randn(2, 4))) == 16 + 4
+
+
+def test_where_nothing_counts_the_cost_cannot_be_counted() -> None:
+    gm = fxprune.trace(nn.Sequential(nn.ReLU()), torch.randn(2, 4))
+    with pytest.raises(
+        MeasurementError, match="cost is 'flops', and the network has none that can be counted"
+    ):
+        count_savings(gm, (), "flops", Inputs((torch.randn(1, 4),)))
 
 
 def test_the_noise_is_shared_too() -> None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
-from fxprune.measurements import LatencyComparison
+from fxprune.measurements import CountComparison, LatencyComparison
 from fxprune.options import FitSettings
 from fxprune.pipeline import opening, stages, targets
 from fxprune.pipeline.job import StageTimes
@@ -80,6 +80,8 @@ def ratio(small: nn.Module) -> float:
         ({"k": 1, "min_agreement": 1.5}, "min_agreement is 1.5"),
         ({"k": 1, "threads": 0}, "threads is 0"),
         ({"k": 1, "recipe": "slow"}, "recipe is 'slow'; choose from"),
+        ({"k": 1, "cost": "macs"}, "cost is 'macs'; choose from"),
+        ({"target_speedup": 1.2, "cost": "flops"}, "cost is 'flops', and a target is one of latency"),
     ],
 )
 def test_goals_out_of_range_are_refused_before_any_work(settings, message: str, work) -> None:
@@ -101,7 +103,7 @@ def test_a_speedup_is_reached_with_no_more_than_it_takes(target: float) -> None:
 
 def test_regions_that_a_later_one_made_needless_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     def smallest_first(planner: Planner) -> Iterator[tuple[Any, ...]]:
-        scores = sorted(planner.scores, key=lambda score: score.latency.saving)
+        scores = sorted(planner.scores, key=lambda score: score.cost.saving)
         regions = [score.region for score in scores]
         yield from (tuple(regions[: i + 1]) for i in range(len(regions)))
 
@@ -139,7 +141,9 @@ def test_a_target_that_only_the_last_measurement_misses(monkeypatch: pytest.Monk
         return tuple(comparison(1.0, 0.1 if len(asked) == 1 else 0.97) for _ in sets)
 
     monkeypatch.setattr(targets, "latencies_without", latencies_without)
-    with pytest.raises(OptionError, match=r"out of reach: the furthest plan is 1.03 times as fast \(torch\)"):
+    with pytest.raises(
+        OptionError, match=r"reach: the furthest plan, \d regions, is 1.03 times as fast \(torch\)"
+    ):
         compress(target_speedup=1.5)
     assert len(asked) > 1
 
@@ -168,6 +172,24 @@ def test_named_regions_are_cut_without_scoring_or_timing_others(recipe: str, wor
     names = {name for name, _ in small.named_modules()}
     assert not any(name.startswith(("body.1", "body.3")) for name in names) and "body.2" in names
     assert work == ([("fit", "body.1", "body.3")] if recipe == "fast" else [])
+
+
+@pytest.mark.parametrize("cost", ["flops", "parameters"])
+def test_what_is_counted_is_not_timed(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost_in_noise(*args: Any, **options: Any) -> Any:
+        raise AssertionError("timed to choose")
+
+    monkeypatch.setattr("fxprune.pipeline.stages.latencies_without", lost_in_noise)
+    report = fxprune.report(compress(2, cost=cost))
+    counts = [score.cost for score in report.plan.scores]
+    assert all(isinstance(one, CountComparison) and one.unit == cost for one in counts)
+    assert cost in report.durations and "latency" not in report.durations
+    rows = report.to_dict()["plan"]["scores"]
+    assert [row["count"]["after"] for row in rows] == [one.after for one in counts]
+    assert {row["latency"] for row in rows} == {None}
+    assert f" % of {cost}" in str(report)
+    least = min(report.plan.scores, key=lambda score: score.recovery_loss / score.cost.saving)
+    assert least.region.label in report.plan.chosen
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from torch import fx, nn
 import fxprune
 from fxprune.errors import NoRegionError, OptionError
 from fxprune.reports.sweep import SweepReport
-from tests.doubles import brief, count_latency
+from tests.doubles import brief, comparison, count_latency
 from tests.tiny import BLOCKS, images, tiny
 
 
@@ -110,3 +111,27 @@ def test_errors_come_before_any_work() -> None:
 def test_exact_selection_has_no_path() -> None:
     with pytest.raises(OptionError, match="no path"):
         sweep(selection="exact")
+
+
+def test_a_region_that_no_plan_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def noisy(before: object, candidates: Sequence[nn.Module], inputs: Any, **how: Any) -> tuple[Any, ...]:
+        held = [sum(p.numel() for p in one.parameters()) for one in candidates]
+        ratios = [0.9 if count > min(held) else 1.0 for count in held]  # the largest block saves nothing
+        return tuple(comparison(1.0, ratio) for ratio in ratios)
+
+    monkeypatch.setattr("fxprune.timing.latency.compare", noisy)
+    report = sweep(out=tmp_path)
+    (useless,) = [score.region.label for score in report.scores if not score.cost.distinguishable]
+    assert useless not in report.points[-1].dropped
+    assert any(
+        f"left out, as no saving was seen beyond the noise: {useless}." in note for note in report.notes
+    )
+    assert "left out" in str(report) and "left out" in (tmp_path / "sweep.json").read_text()
+
+
+def test_a_part_of_a_model_can_be_swept() -> None:
+    report = sweep(submodule="body")
+    assert [len(point.dropped) for point in report.points] == [1, 2, 3, 4]
+    assert report.settings["submodule"] == "body"
+    with pytest.raises(OptionError, match="has no accuracy of its own"):
+        sweep(submodule="body", evaluate=lambda network: 0.0)

@@ -117,7 +117,7 @@ def _run(
         "peak_memory_bytes": report.peak_memory_bytes,  # of the process, with the test images in it
         "fold_error": report.fold_error,
         "recovery_losses": {s.region.label: s.recovery_loss for s in report.plan.scores},
-        "savings": {s.region.label: s.latency.saving for s in report.plan.scores},
+        "savings": {s.region.label: s.cost.saving for s in report.plan.scores},
         "native_max_abs_diff": max_abs_diff(small, native, case.timed),
         "onnx_max_abs_diff": _onnx_max_abs_diff(small, case.timed),
         "latency": timed_before(kept.entries, chosen) or _latencies(case, small, native),

@@ -61,8 +61,8 @@ def _choose(subject: networks.Subject, arguments: argparse.Namespace) -> dict[st
         "seconds": time.perf_counter() - begun,
         "durations": job.stage.seconds,
         "losses": {s.region.label: s.recovery_loss for s in scores},
-        "savings": {s.region.label: s.latency.saving for s in scores},
-        "distinguishable": {s.region.label: s.latency.distinguishable for s in scores},
+        "savings": {s.region.label: s.cost.saving for s in scores},
+        "distinguishable": {s.region.label: s.cost.distinguishable for s in scores},
     }
 
 

@@ -27,7 +27,7 @@ from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import CompressionReport
-from fxprune.reports.sweep import SweepPoint, SweepReport
+from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
 
@@ -96,7 +96,7 @@ def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoi
         settings=job.settings(),
         durations=job.stage.seconds,
         versions=versions(job.original.device),
-        notes=job.notes,
+        notes=(*job.notes, *left_out(scores)),
     )
     for name, plot in report.plots().items():
         results.write(_text_writer(name, plot))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.measurements import LatencyComparison
+from fxprune.measurements import CountComparison, LatencyComparison
 from fxprune.pipeline.clock import latencies_without
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.targets import check_reach, first_to_meet
@@ -19,6 +19,7 @@ from fxprune.scoring.joint_losses import JointLosses
 from fxprune.scoring.scorer import fit_all
 from fxprune.selection.planner import Planner, require_enough
 from fxprune.selection.plans import BlockScore, DropPlan, regions_named
+from fxprune.timing.counting import count_savings
 from fxprune.timing.savings import SCORING, measure_savings
 
 __all__ = ["as_asked", "choose", "repair", "savings", "score", "survey", "worst_fold_error"]
@@ -27,7 +28,7 @@ __all__ = ["as_asked", "choose", "repair", "savings", "score", "survey", "worst_
 def score(job: Job) -> tuple[BlockScore, ...]:
     """Measures what every region saves, checks that a goal is within reach, then fits what every region costs."""
     regions = job.discovery.regions
-    with job.stage("latency"):
+    with job.stage(job.options.cost):
         saved = savings(job)
         _check_goal(job, saved)
     with job.stage("scoring"):
@@ -39,13 +40,16 @@ def score(job: Job) -> tuple[BlockScore, ...]:
     )
 
 
-def savings(job: Job) -> tuple[LatencyComparison, ...]:
+def savings(job: Job) -> tuple[LatencyComparison | CountComparison, ...]:
     """What every region saves."""
-    regions = job.discovery.regions
+    regions, cost = job.discovery.regions, job.options.cost
+    if cost != "latency":
+        image = job.original.images.example(1).to(job.original.device)
+        return count_savings(job.original.graph, regions, cost, image)
     return measure_savings(job.original.graph, regions, lambda sets: latencies_without(job, sets, SCORING))
 
 
-def _check_goal(job: Job, saved: Sequence[LatencyComparison]) -> None:
+def _check_goal(job: Job, saved: Sequence[LatencyComparison | CountComparison]) -> None:
     """Refuses a goal that even the smallest possible network misses, before the long work starts."""
     if job.options.k is not None:
         require_enough(job.options.k, list(zip(job.discovery.regions, saved, strict=True)))

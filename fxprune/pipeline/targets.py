@@ -48,7 +48,6 @@ def first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
         OptionError: None does.
     """
     options = job.options
-    measured: LatencyComparison | None = None
     missed: tuple[Region, ...] = ()
     for plan in planner.path():
         if _may_meet(options, planner, plan):
@@ -56,12 +55,12 @@ def first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
             if _meets(options, measured):
                 return _trimmed(job, planner, plan, missed)
         missed = plan
-    best = (
-        "no region saves time beyond the noise"
-        if measured is None
-        else f"{1 / measured.ratio:.2f} times as fast"
-    )
-    raise OptionError(f"{_target(options)} is out of reach: the furthest plan is {best} ({options.backend})")
+    if not missed:
+        best = "no region saves time beyond the noise; regions= cuts what is named all the same"
+    else:
+        furthest = latencies_without(job, [missed])[0]
+        best = f"the furthest plan, {len(missed)} regions, is {1 / furthest.ratio:.2f} times as fast"
+    raise OptionError(f"{_target(options)} is out of reach: {best} ({options.backend})")
 
 
 def _meets(options: Options, measured: LatencyComparison) -> bool:
@@ -82,8 +81,9 @@ def _may_meet(options: Options, planner: Planner, plan: Sequence[Region]) -> boo
     if options.target_speedup is not None:
         wanted = 1.0 / options.target_speedup
     else:
-        assert options.target_latency_ms is not None
-        wanted = options.target_latency_ms / (1e3 * planner.scores[0].latency.before.median_s)
+        timed = planner.scores[0].latency
+        assert options.target_latency_ms is not None and timed is not None  # a target is one of latency
+        wanted = options.target_latency_ms / (1e3 * timed.before.median_s)
     return 1.0 - planner.saving(plan) <= wanted + TARGET_SLACK
 
 

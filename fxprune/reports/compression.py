@@ -11,13 +11,13 @@ from typing import Any
 
 from fxprune.graph.regions import Rejection
 from fxprune.judging.judge import Accuracy
-from fxprune.measurements import Latency, LatencyComparison
+from fxprune.measurements import CountComparison, Latency, LatencyComparison
 from fxprune.recovery.fidelity import Fidelities
 from fxprune.recovery.mimicking import ON_ALL, Mimicking
 from fxprune.reports.tables import render
-from fxprune.selection.plans import DropPlan
+from fxprune.selection.plans import BlockScore, DropPlan
 
-__all__ = ["CompressionReport", "entropy_lines", "plain"]
+__all__ = ["CompressionReport", "entropy_lines", "plain", "score_row"]
 
 
 _DERIVED = ("images", "recovery_loss_before", "recovery_loss_after", "agreement", "held_back_agreement")
@@ -111,9 +111,7 @@ class CompressionReport:
         data: dict[str, Any] = plain(asdict(self))
         data |= {name: plain(getattr(self, name)) for name in _DERIVED}
         data["plan"]["chosen"] = list(self.plan.chosen)
-        for row, score in zip(data["plan"]["scores"], self.plan.scores, strict=True):
-            row["score"] = score.score if math.isfinite(score.score) else None
-            row["saved_s"] = score.latency.saved_s
+        data["plan"]["scores"] = [score_row(score) for score in self.plan.scores]
         data["latency"]["saved_s"] = self.latency.saved_s
         return data
 
@@ -127,15 +125,15 @@ class CompressionReport:
     def _lines(self) -> list[str]:
         rows = []
         for score in self.plan.scores:
-            saving = score.latency
+            timed = score.latency
             rows.append(
                 [
                     "cut" if score.region.label in self.plan.chosen else "",
                     score.region.label,
                     score.region.kind.value,
                     f"{score.recovery_loss:.4g}",
-                    f"{1e3 * saving.saved_s:.3f}",
-                    f"{100 * saving.saving:.1f} %" if saving.distinguishable else "lost in noise",
+                    "-" if timed is None else f"{1e3 * timed.saved_s:.3f}",
+                    _share(score),
                     f"{score.score:.4g}" if math.isfinite(score.score) else "-",
                 ]
             )
@@ -226,6 +224,22 @@ class CompressionReport:
             f"batch {before.batch_shape[0]}, "
             f"{before.threads} threads, {before.runs} pairs)"
         )
+
+
+def score_row(score: BlockScore) -> dict[str, Any]:
+    """A score as plain data: what was timed as `latency` with the seconds saved, what was counted as `count`."""
+    row: dict[str, Any] = plain(asdict(score))
+    cost, timed = row.pop("cost"), score.latency
+    row |= {"latency": None, "count": cost} if timed is None else {"latency": cost, "saved_s": timed.saved_s}
+    return row | {"score": score.score if math.isfinite(score.score) else None}
+
+
+def _share(score: BlockScore) -> str:
+    """What a cut saves, in words."""
+    if not score.cost.distinguishable:
+        return "nothing" if score.latency is None else "lost in noise"
+    unit = f" of {score.cost.unit}" if isinstance(score.cost, CountComparison) else ""
+    return f"{100 * score.cost.saving:.1f} %{unit}"
 
 
 def entropy_lines(entropy: float | None) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxprune.measurements import LatencyComparison
-from fxprune.reports.compression import entropy_lines, plain
+from fxprune.reports.compression import entropy_lines, plain, score_row
 from fxprune.reports.plots import front_svg
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore
 
-__all__ = ["SweepPoint", "SweepReport"]
+__all__ = ["SweepPoint", "SweepReport", "left_out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class SweepReport:
 
     def to_json(self) -> str:
         """Everything as JSON text."""
-        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
+        data = plain(asdict(self)) | {"scores": [score_row(score) for score in self.scores]}
+        return json.dumps(data, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         rows = []
@@ -105,3 +106,14 @@ class SweepReport:
             lines.append(f"accuracy of the original {100 * self.accuracy:.2f} %{where}")
         notes = [f"note: {note}" for note in self.notes]
         return "\n".join([render(headers, rows), *lines, *entropy_lines(self.entropy), *notes])
+
+
+def left_out(scores: Sequence[BlockScore]) -> tuple[str, ...]:
+    """A note on the regions that no plan of a sweep holds because they save nothing; none where there are no such."""
+    useless = [score.region.label for score in scores if not score.cost.distinguishable]
+    if not useless:
+        return ()
+    return (
+        f"left out, as no saving was seen beyond the noise: {', '.join(useless)}. A larger batch (latency_batch), a "
+        "machine that does nothing else or cost='flops' may tell; compress(regions=) cuts what is named all the same",
+    )

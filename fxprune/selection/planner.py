@@ -13,7 +13,7 @@ from itertools import combinations
 
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
-from fxprune.measurements import LatencyComparison
+from fxprune.measurements import CountComparison, LatencyComparison
 from fxprune.options import Selection
 from fxprune.selection.plans import BlockScore, largest_plan
 
@@ -36,7 +36,7 @@ def disjoint(regions: Sequence[Region]) -> bool:
     return not any(a.overlaps(b) for a, b in combinations(regions, 2))
 
 
-def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison]]) -> None:
+def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison | CountComparison]]) -> None:
     """Refuses a `k` that is larger than the number of regions that save time and can be dropped together.
 
     Raises:
@@ -47,8 +47,8 @@ def require_enough(k: int, savings: Sequence[tuple[Region, LatencyComparison]]) 
         slow = [region.label for region, saving in savings if not saving.distinguishable]
         raise OptionError(
             f"k is {k}, but only {most} regions can be dropped together and save time beyond the noise; no saving was "
-            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, or run on "
-            "a machine that does nothing else"
+            f"seen for: {', '.join(slow) or 'none'}. Ask for fewer, time a larger batch with latency_batch, run on a "
+            "machine that does nothing else, choose by what is counted (cost='flops'), or name what to cut (regions)"
         )
 
 
@@ -74,8 +74,8 @@ class Planner:
         self._usable = [s.region for s in scores if math.isfinite(s.score)]
 
     def saving(self, regions: Sequence[Region]) -> float:
-        """Relative latency that the regions save, each measured alone and added up."""
-        return sum(self._scores[region.label].latency.saving for region in regions)
+        """What the regions save, relative, each measured or counted alone and added up."""
+        return sum(self._scores[region.label].cost.saving for region in regions)
 
     def of_size(self, k: int) -> tuple[Region, ...]:
         """The plan with k regions, in graph order.
@@ -83,7 +83,7 @@ class Planner:
         Raises:
             OptionError: Fewer than k regions can be dropped together and save time beyond the noise.
         """
-        require_enough(k, [(score.region, score.latency) for score in self.scores])
+        require_enough(k, [(score.region, score.cost) for score in self.scores])
         if self._selection == "exact":
             return self._exact(k)
         plan: tuple[Region, ...] = ()

@@ -10,7 +10,7 @@ from itertools import combinations
 
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region, Rejection
-from fxprune.measurements import LatencyComparison
+from fxprune.measurements import CountComparison, LatencyComparison
 
 __all__ = ["BlockScore", "DropPlan", "largest_plan", "regions_named"]
 
@@ -23,18 +23,23 @@ class BlockScore:
         region: The region.
         recovery_loss: Mean squared error left at the tap after the adaptors were fitted; lower is better.
         bare_loss: The same without adaptors.
-        latency: The network without the region, timed against the original.
+        cost: The network without the region against the original: timed, or counted.
     """
 
     region: Region
     recovery_loss: float
     bare_loss: float
-    latency: LatencyComparison
+    cost: LatencyComparison | CountComparison
 
     @property
     def score(self) -> float:
-        """Recovery loss over relative latency saved; infinite where the saving is lost in the noise."""
-        return self.recovery_loss / self.latency.saving if self.latency.distinguishable else math.inf
+        """Recovery loss over what is saved, relative; infinite where nothing is, or it is lost in the noise."""
+        return self.recovery_loss / self.cost.saving if self.cost.distinguishable else math.inf
+
+    @property
+    def latency(self) -> LatencyComparison | None:
+        """What was timed, None where the cost was counted."""
+        return self.cost if isinstance(self.cost, LatencyComparison) else None
 
 
 @dataclass(frozen=True, slots=True)

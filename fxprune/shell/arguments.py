@@ -8,7 +8,7 @@ from functools import partial
 from typing import get_args
 
 from fxprune.graph.regions import Kind
-from fxprune.options import RECIPES, Backend, Criterion, FrontEnd, Selection
+from fxprune.options import RECIPES, Backend, Cost, Criterion, FrontEnd, Selection
 
 __all__ = ["FORMS", "MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
 
@@ -105,6 +105,8 @@ def _add_job(parser: ArgumentParser, selections: tuple[str, ...], out: str) -> N
     add("--std", type=_channels, default=_IMAGENET_STD, metavar="R,G,B")
     add("--recipe", choices=tuple(RECIPES), default="fast")
     add("--criterion", choices=get_args(Criterion), default="recovery")
+    add("--submodule", metavar="PATH", help="this part of the network only; files hold the part")
+    add("--cost", choices=get_args(Cost), default="latency", help="what a cut is to save (latency)")
     add("--selection", choices=selections, help="how sets are chosen (as the recipe says)")
     add("--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)")
     add("--latency-batch", type=_positive, metavar="N", help="batch size of the latency measured")
@@ -137,8 +139,6 @@ def add_compress(parser: ArgumentParser) -> None:
     goal.add_argument("--regions", type=_split, default=SUPPRESS, metavar="LABEL", help=named)
     least = "least top-1 agreement with the original"
     parser.add_argument("--min-agreement", type=float, metavar="F", help=least)
-    part = "compress this part of the network only; files hold the part"
-    parser.add_argument("--submodule", metavar="PATH", help=part)
     out = (
         "write original.onnx, model.onnx, model.pt2, model.safetensors and report.json there; "
         "a run that was interrupted goes on from the scores it kept there"
