@@ -45,6 +45,7 @@ _SEEDS = 2**63
 _MOST_THREADS = 4096
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Loss: TypeAlias = "Callable[[Any, Any], Any]"
 Patterns: TypeAlias = "str | Callable[[Any], bool] | Sequence[str | Callable[[Any], bool]]"
 
 
@@ -52,7 +53,7 @@ class Settings(TypedDict, total=False):
     """Keywords that `fxprune.compress` and `fxprune.sweep` share, as people write them; see `Options`."""
 
     recipe: str | Recipe
-    criterion: Criterion
+    criterion: Criterion | Loss
     selection: Selection | None
     cost: Cost
     backend: Backend
@@ -95,7 +96,10 @@ class Options:
         min_agreement: Least top-1 agreement with the original on held-back calibration images, before the last steps
             fit them, in [0, 1].
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
-        criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut.
+        criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut, and
+            so does a function of your own, such as one of torch's losses: called with what the network without some
+            regions and the original give for a batch, it returns a number, smaller the nearer they are, that is the
+            mean over the images. Its scores are not kept in `out`.
         selection: `greedy` scores again after every cut, `independent` takes the k best scores, `exact` tries all sets;
             by default what the recipe says.
         cost: What a cut is to save: `latency`, measured, or `flops` or `parameters`, counted, where the machine at hand
@@ -134,7 +138,7 @@ class Options:
     regions: tuple[str, ...] = ()
     min_agreement: float | None = None
     recipe: Recipe = RECIPES["fast"]
-    criterion: Criterion = "recovery"
+    criterion: Criterion | Loss = "recovery"
     selection: Selection | None = None
     cost: Cost = "latency"
     backend: Backend = "torch"
@@ -205,7 +209,11 @@ class Options:
                     self.min_agreement is None or 0 <= self.min_agreement <= 1,
                     "it must lie in [0, 1]",
                 ),
-                one_of("criterion", self.criterion, Criterion),
+                (
+                    "criterion",
+                    callable(self.criterion) or self.criterion in get_args(Criterion),
+                    f"{listed(Criterion)}, or give a function",
+                ),
                 ("selection", self.selection in (None, *get_args(Selection)), listed(Selection)),
                 one_of("cost", self.cost, Cost),
                 one_of("backend", self.backend, Backend),
@@ -266,6 +274,7 @@ class Options:
         """Plain data, as reports hold it; functions and loaders by their names."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "recipe": asdict(self.recipe),
+            "criterion": _name_of(self.criterion),
             "ignore": [_name_of(pattern) for pattern in self.ignore],
             "input_fn": None if self.input_fn is None else _name_of(self.input_fn),
             "labels": None if self.labels is None else _name_of(self.labels),

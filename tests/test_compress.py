@@ -210,6 +210,36 @@ def test_criteria_that_judge_the_bare_cut(criterion: str) -> None:
 
 
 @pytest.mark.usefixtures("counted")
+def test_a_criterion_of_ones_own(tmp_path: Path) -> None:
+    """Averaged over batches of different sizes, and never answered from a folder: it may have changed."""
+    for scale in (1.0, 2.0):
+
+        def scaled(found: Tensor, wanted: Tensor, scale: float = scale) -> Tensor:
+            return scale * F.l1_loss(found, wanted)
+
+        made = fxprune.report(compress(criterion=scaled, out=tmp_path))
+        net = network()
+        for score in made.plan.scores:
+            with skipped(network_without := network(), score.region.label), torch.no_grad():
+                by_hand = scale * F.l1_loss(network_without(images()), net(images())).item()
+            assert score.recovery_loss == pytest.approx(by_hand, rel=1e-4)
+        assert "scaled" in json.loads((tmp_path / "report.json").read_text())["settings"]["criterion"]
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (lambda found, wanted: float("nan"), "returned nan; it must be a finite number"),
+        (lambda found, wanted: found, "failed on the outputs of a batch: (Value|Runtime)Error"),
+    ],
+)
+def test_a_criterion_that_gives_no_number_is_named(criterion: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=f"criterion .*lambda.* {message}"):
+        compress(criterion=criterion)
+
+
+@pytest.mark.usefixtures("counted")
 def test_the_smallest_score_is_cut() -> None:
     made = fxprune.report(compress(selection="independent"))
     scores = {score.region.label: score.score for score in made.plan.scores}

@@ -130,7 +130,8 @@ def make_job(
         scorer, store = make_scorer(original, options, progress=show_progress), None
         if folder is not None:
             store = _store(folder, original, discovery, options)
-            scorer = StoredScorer(scorer, store)
+            # nobody can tell whether a function is still the same one
+            scorer = scorer if callable(options.criterion) else StoredScorer(scorer, store)
     judge = Judge(labels, evaluate, original.device)
     # now, so that labels and functions that cannot be used are refused before any long work
     with stage("evaluation"):
@@ -198,7 +199,7 @@ def _store(folder: Path, original: Original, discovery: Discovery, options: Opti
     settings = {
         "scorer": options.recipe.scorer,
         "adaptor": options.recipe.adaptor,
-        "criterion": options.criterion,
+        "criterion": options.to_dict()["criterion"],
         "regions": content_of(discovery.regions),
         "tap": original.tap,
         "device": original.device,
