@@ -114,8 +114,8 @@ def test_known_keys_hold_the_images(key: str) -> None:
 
 def test_a_mapping_of_the_networks_inputs_becomes_keywords_in_one_order() -> None:
     mask = torch.ones(2, 5, dtype=torch.int64)
-    images = draw([{"pixels": numbered(2), "mask": mask}], names=("pixels", "mask"))
-    other = draw([{"mask": mask, "pixels": numbered(2)}], names=("pixels", "mask"))
+    images = draw([{"pixels": numbered(2), "mask": mask}], names={"pixels": True, "mask": True})
+    other = draw([{"mask": mask, "pixels": numbered(2)}], names={"pixels": True, "mask": True})
     assert list(images.inputs.kwargs) == ["mask", "pixels"]
     assert images.inputs.kwargs["mask"].dtype == torch.int64
     assert images.fingerprint() == other.fingerprint()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.calibration.batches import CalibrationSet, check_positive
 from fxprune.calibration.loading import RESIZE, iterate, narrow
-from fxprune.calibration.reading import check_batch, read_batch
+from fxprune.calibration.reading import NO_NAMES, check_batch, read_batch
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import Inputs, is_batched
 
@@ -34,7 +34,7 @@ def draw(
     limit: int = 500,
     seed: int = 0,
     input_fn: Callable[[Any], Any] | None = None,
-    names: Sequence[str] = (),
+    names: Mapping[str, bool] = NO_NAMES,
 ) -> CalibrationSet:
     """Draw the calibration images from a loader, which is iterated once.
 
@@ -51,7 +51,7 @@ def draw(
         limit: Images to draw, or all if there are fewer.
         seed: Fixes the draw.
         input_fn: The user's reading of a batch; see `fxprune.calibration.reading`.
-        names: Names of the network's inputs, for batches that are mappings.
+        names: The network's inputs by name, and whether each is required.
 
     Raises:
         OptionError: `limit` is below 1.

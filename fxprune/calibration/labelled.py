@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.loading import iterate
-from fxprune.calibration.reading import check_batch, read_batch
+from fxprune.calibration.reading import NO_NAMES, check_batch, read_batch
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import Inputs
 from fxprune.options import Options
@@ -30,14 +30,14 @@ class LabelledImages:
             images are; labels are whole numbers `[N]`, the indices of the network's outputs.
         like: The calibration images, which these must be like in shape and type.
         options: What was asked for; its `input_fn` is given the whole pair.
-        names: Names of the network's inputs, for inputs that are mappings.
+        names: The network's inputs by name, and whether each is required.
 
     Raises:
         CalibrationError: The loader is a path, or can be read only once.
     """
 
     def __init__(
-        self, loader: object, like: CalibrationSet, options: Options, names: Sequence[str] = ()
+        self, loader: object, like: CalibrationSet, options: Options, names: Mapping[str, bool] = NO_NAMES
     ) -> None:
         if isinstance(loader, (str, os.PathLike)):
             raise CalibrationError(

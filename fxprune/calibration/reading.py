@@ -3,9 +3,13 @@
 A batch is read as follows, unless the user gives `input_fn`:
 
 1. a tensor is the network's one input;
-2. a tuple or list holds the input first; whatever follows (labels) is ignored, which is logged once;
-3. a mapping whose keys are all inputs of the network becomes keyword arguments;
+2. a tuple or list holds the inputs first, as many as `forward` requires, by themselves or as a tuple of their own;
+   whatever follows (labels) is ignored;
+3. a mapping that holds all required inputs of the network becomes keyword arguments;
 4. any other mapping must hold exactly one of `KNOWN_KEYS`, which becomes the one input.
+
+Labels (`LABEL_KEYS`) are never passed on, for a network that is given them may end in its loss, unless `forward`
+requires them. What is ignored is logged once.
 
 What `input_fn(batch)` returns is taken literally: a tensor is the one input, a tuple the positional
 arguments, a mapping the keyword arguments.
@@ -14,7 +18,8 @@ arguments, a mapping the keyword arguments.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,12 +28,20 @@ from torch import Tensor
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.call import Inputs
 
-__all__ = ["KNOWN_KEYS", "check_batch", "read_batch"]
+__all__ = ["KNOWN_KEYS", "LABEL_KEYS", "NO_NAMES", "check_batch", "read_batch", "read_keywords"]
 
 logger = logging.getLogger(__name__)
 
 KNOWN_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "img")
 """Keys under which a batch that is a mapping may hold the images."""
+
+LABEL_KEYS = frozenset(
+    ("label", "labels", "label_ids", "class_labels", "mask_labels", "target", "targets", "return_loss")
+)
+"""Keys under which a batch that is a mapping holds what the network should answer."""
+
+NO_NAMES: Mapping[str, bool] = MappingProxyType({})
+"""Of a network whose inputs are not known."""
 
 _ADVICE = "pass input_fn=, from a batch to a tensor, a tuple (arguments) or a dict (keyword arguments)"
 
@@ -37,7 +50,7 @@ def read_batch(
     batch: object,
     index: int,
     *,
-    names: Sequence[str] = (),
+    names: Mapping[str, bool] = NO_NAMES,
     input_fn: Callable[[Any], Any] | None = None,
 ) -> Inputs:
     """The network's inputs in one batch, by the rules of the module docstring.
@@ -45,7 +58,7 @@ def read_batch(
     Args:
         batch: What the loader yielded.
         index: Its number, for messages; what is ignored is logged for batch 0 only.
-        names: Names of the network's inputs.
+        names: The network's inputs by name, and whether each is required.
         input_fn: The user's own reading, which replaces the rules.
 
     Raises:
@@ -72,35 +85,70 @@ def read_batch(
     )
 
 
-def _read_by_rules(batch: object, index: int, names: Sequence[str]) -> Inputs:
-    if isinstance(batch, Tensor):
-        return Inputs((batch,))
+def _read_by_rules(batch: object, index: int, names: Mapping[str, bool]) -> Inputs:
     if isinstance(batch, Mapping):
         return _read_mapping(batch, index, names)
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        if len(batch) > 1 and index == 0:
-            logger.info(
-                "Batches have %d parts: the first is the input, the rest (labels) is ignored.", len(batch)
-            )
-        return _read_by_rules(batch[0], index, names)
+    required = [name for name, needed in names.items() if needed]
+    if isinstance(batch, Tensor) and len(required) < 2:
+        return Inputs((batch,))
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+    nested = (tuple, list, Mapping) if len(required) > 1 else Mapping
+    if parts and isinstance(parts[0], nested):
+        _note_rest(parts, 1, index)
+        return _read_by_rules(parts[0], index, names)
+    count = max(1, len(required))
+    if len(parts) >= count and all(isinstance(part, Tensor) for part in parts[:count]):
+        _note_rest(parts, count, index)
+        return Inputs(parts[:count])
+    if len(required) > 1:
+        wanted = ", ".join(required)
+        raise CalibrationError(f"Batch {index} is {_kind(batch)}, and the network takes {wanted}: {_ADVICE}.")
+    if parts and isinstance(parts[0], (tuple, list)) and parts[0] and isinstance(parts[0][0], Tensor):
+        raise CalibrationError(
+            f"Batch {index} begins with a list of tensors, as those of detectors do: compress a part of the detector, "
+            f"such as its backbone, with submodule=. Else {_ADVICE}."
+        )
     raise CalibrationError(f"Batch {index} is {_kind(batch)}, which holds no tensor of images: {_ADVICE}.")
 
 
-def _read_mapping(batch: Mapping[Any, Any], index: int, names: Sequence[str]) -> Inputs:
-    keys = list(batch)
-    if keys and all(key in names for key in keys):
-        return _keyword(batch)
+def _note_rest(parts: Sequence[Any], count: int, index: int) -> None:
+    if len(parts) > count and index == 0:
+        what = "first is the input" if count == 1 else f"first {count} are the inputs"
+        logger.info("Batches have %d parts: the %s, the rest (labels) is ignored.", len(parts), what)
+
+
+def read_keywords(batch: Mapping[Any, Any], index: int, names: Mapping[str, bool]) -> Inputs | None:
+    """Those entries of a mapping that a network takes by name; None where they are not what it requires."""
+    taken = {key: batch[key] for key in batch if key in names and (key not in LABEL_KEYS or names[key])}
+    complete = all(name in taken for name, needed in names.items() if needed)
+    if not complete or not any(isinstance(value, Tensor) for value in taken.values()):
+        return None
+    _note_left(batch, taken, index)
+    return _keyword(taken)
+
+
+def _note_left(batch: Mapping[Any, Any], taken: Collection[Any], index: int) -> None:
+    left = [str(key) for key in batch if key not in taken]
+    if left and index == 0:
+        logger.info(
+            "Batches are mappings: %s passed on, %s ignored.", ", ".join(map(str, taken)), ", ".join(left)
+        )
+
+
+def _read_mapping(batch: Mapping[Any, Any], index: int, names: Mapping[str, bool]) -> Inputs:
+    keywords = read_keywords(batch, index, names)
+    if keywords is not None:
+        return keywords
     known = [key for key in KNOWN_KEYS if key in batch]
     if len(known) != 1 or not isinstance(batch[known[0]], Tensor):
         found = f"{len(known)} of the known keys" if len(known) != 1 else f"{_kind(batch[known[0]])} there"
         inputs = f" or all be inputs of the network ({', '.join(names)})" if names else ""
+        keys = ", ".join(map(repr, batch)) or "(none)"
         raise CalibrationError(
-            f"Batch {index} is a mapping with the keys {', '.join(map(repr, keys)) or '(none)'}, and "
-            f"{found}: exactly one key must be one of {', '.join(KNOWN_KEYS)} and hold a tensor{inputs}. "
-            f"Else {_ADVICE}."
+            f"Batch {index} is a mapping with the keys {keys}, and {found}: exactly one key must be one of "
+            f"{', '.join(KNOWN_KEYS)} and hold a tensor{inputs}. Else {_ADVICE}."
         )
-    if len(keys) > 1 and index == 0:
-        logger.info("Batches are mappings: %r is the input, %s ignored.", known[0], set(keys) - {known[0]})
+    _note_left(batch, known, index)
     return Inputs((batch[known[0]],))
 
 

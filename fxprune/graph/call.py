@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
 
-__all__ = ["Inputs", "Positional", "bind", "flat_tensors", "is_batched", "positional"]
+__all__ = ["Inputs", "Positional", "bind", "flat_tensors", "input_names", "is_batched", "positional"]
 
 
 def flat_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -104,6 +105,19 @@ class Inputs:
     def select(self, indices: Tensor) -> Inputs:
         """The images at `indices` (int64, one-dimensional), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+
+def input_names(model: Any) -> dict[str, bool]:
+    """The network's inputs by name, and whether each is required; none of an exported program."""
+    if isinstance(model, fx.GraphModule):
+        inputs = model.graph.find_nodes(op="placeholder")
+        return {str(n.target): not n.args for n in inputs if not str(n.target).startswith("*")}
+    if not isinstance(model, nn.Module):
+        return {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {
+        p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def bind(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
 from fxprune.calibration.loading import iterate, narrow
+from fxprune.calibration.reading import read_keywords
 from fxprune.errors import CalibrationError, GraphError, OptionError
-from fxprune.graph.call import Inputs
+from fxprune.graph.call import Inputs, input_names
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import unwrapped
 
@@ -69,8 +70,9 @@ def capture_inputs(
     A batch is given to the model like this, unless there is an `input_fn`:
 
     1. a tensor: `model(tensor)`;
-    2. a tuple or list whose first part is a tensor or a list of tensors: `model(first)`; labels are ignored;
-    3. a mapping: `model(**mapping)`.
+    2. a tuple or list whose first part is a tensor or a list of tensors: `model(first)`, or as many tensors as
+       the model requires; labels are ignored;
+    3. a mapping: `model(**mapping)`, without labels and what else the model does not take.
 
     Args:
         model: Any model; it is not changed.
@@ -124,10 +126,10 @@ def _calls(
     input_fn: Callable[[Any], Any] | None,
 ) -> Iterator[Inputs]:
     """The submodule's inputs, batch by batch, until there are `limit` images."""
-    submodule = model.get_submodule(path)
+    submodule, names = model.get_submodule(path), input_names(model)
     images, missed, index = 0, 0, -1
     for index, batch in batches:
-        given = _model_inputs(batch, index, input_fn).to(device)
+        given = _model_inputs(batch, index, input_fn, names).to(device)
         found = _run_until(model, submodule, given, index)
         if found is None:
             missed += 1
@@ -170,7 +172,9 @@ def _run_until(model: nn.Module, submodule: nn.Module, given: Inputs, index: int
     return None
 
 
-def _model_inputs(batch: object, index: int, input_fn: Callable[[Any], Any] | None) -> Inputs:
+def _model_inputs(
+    batch: object, index: int, input_fn: Callable[[Any], Any] | None, names: Mapping[str, bool]
+) -> Inputs:
     """A batch as the whole model is given it, by the rules of `capture_inputs`."""
     value = batch
     if input_fn is not None:
@@ -184,7 +188,12 @@ def _model_inputs(batch: object, index: int, input_fn: Callable[[Any], Any] | No
             return Inputs(value)
         if isinstance(value, list):
             return Inputs((value,))
+    elif isinstance(value, Mapping):
+        value = (read_keywords(value, index, names) or Inputs((), dict(value))).kwargs
     elif isinstance(value, (tuple, list)) and value:
+        count = sum(names.values())
+        if 1 < count <= len(value) and all(isinstance(part, Tensor) for part in value[:count]):
+            return Inputs(tuple(value[:count]))
         value = list(value[0]) if isinstance(value[0], tuple) else value[0]
     if isinstance(value, Tensor) or _is_list_of_tensors(value):
         return Inputs((value,))

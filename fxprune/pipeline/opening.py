@@ -5,7 +5,6 @@ Every refusal comes from here, before any long work.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from fxprune.errors import (
     OptionError,
 )
 from fxprune.files import check_writable
+from fxprune.graph.call import input_names
 from fxprune.graph.extract import ancestors
 from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
@@ -115,7 +115,7 @@ def make_job(
         images, network = _read(model, loader, options)
         labels = None
         if options.labels is not None:
-            labels = LabelledImages(options.labels, images, options, _input_names(model))
+            labels = LabelledImages(options.labels, images, options, input_names(model))
         graph = _capture(network, images, str(options.device), options.front_end)
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
@@ -229,19 +229,12 @@ def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, An
     """The calibration images, and the network that takes them."""
     limit, seed, input_fn = options.images, options.seed, options.input_fn
     if options.submodule is None:
-        names = _input_names(model)
+        names = input_names(model)
         return draw(loader, limit=limit, seed=seed, input_fn=input_fn, names=names), model
     captured = capture_inputs(
         model, options.submodule, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
     )
     return captured, inner(model.get_submodule(options.submodule))
-
-
-def _input_names(model: Any) -> tuple[str, ...]:
-    """Names of the network's inputs, for loaders whose batches are dicts."""
-    if isinstance(model, fx.GraphModule):
-        return tuple(str(node.target) for node in model.graph.find_nodes(op="placeholder"))
-    return tuple(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else ()
 
 
 def _capture(model: Any, images: CalibrationSet, device: str, front_end: FrontEnd) -> fx.GraphModule:
@@ -260,7 +253,8 @@ def _capture(model: Any, images: CalibrationSet, device: str, front_end: FrontEn
     except GraphError as error:
         shapes = [tuple(t.shape) for t in images.inputs.tensors()]
         raise CalibrationError(
-            f"the network does not accept the calibration images of shape {shapes}: {error}"
+            f"the network does not accept the calibration images of shape {shapes}: {error}. If it is to be called "
+            "otherwise, pass input_fn=, from a batch to its arguments"
         ) from error
     return traced
 
