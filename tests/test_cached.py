@@ -29,6 +29,7 @@ from fxprune.scoring.cached import CachedScorer
 from fxprune.scoring.changed_part import ChangedPart
 from fxprune.scoring.end_to_end import EndToEndScorer
 from fxprune.scoring.joint_losses import JointLosses
+from fxprune.scoring.rows import rows_of
 from fxprune.scoring.scorer import fit_all
 from tests.strategies import BlockSpec, NetSpec, image_batch
 
@@ -131,7 +132,8 @@ def test_fits_of_the_parts_are_a_better_start_than_none() -> None:
 
 
 def changed_part(gm: fx.GraphModule, regions: Sequence[Region]) -> ChangedPart:
-    return ChangedPart(gm, Candidate(gm, regions, find_tap(gm)), OperatorIndex(gm))
+    rows = rows_of(gm, images(), "cpu")
+    return ChangedPart(gm, Candidate(gm, regions, find_tap(gm)), OperatorIndex(gm), rows)
 
 
 def test_the_waist_is_where_all_changes_meet() -> None:
@@ -199,8 +201,10 @@ def test_fits_side_by_side_are_those_of_one_thread(kind: str) -> None:
         assert all(torch.equal(fit.maps[site], other.maps[site]) for site in fit.maps)
 
 
-def test_fits_under_way_stay_within_the_budget() -> None:
+def test_fits_under_way_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = network()
+    rows = rows_of(gm, images(), "cpu")
+    monkeypatch.setattr("fxprune.scoring.cached.rows_of", lambda *_: rows)  # there may be no GPU
     held = bytes_per_image(gm, flow_nodes(gm)) * SETTINGS.batch_size
     tap = find_tap(gm)
     for device, budget, workers in (
@@ -272,8 +276,8 @@ def test_a_budget_for_fewer_images_uses_fewer() -> None:
     names = ["stem_2", "stages_0_2_behind"]
     size = bytes_per_image(gm, names)
     assert size == 2 * 4 * 8 * 8 * 4
-    whole = Activations(gm, names, images(), device="cpu", budget=10 * size)
-    half = Activations(gm, names, images(), device="cpu", budget=5 * size + 1, batch_size=3)
+    whole = Activations(gm, names, {}, images(), device="cpu", budget=10 * size)
+    half = Activations(gm, names, {}, images(), device="cpu", budget=5 * size + 1, batch_size=3)
     assert (whole.images, half.images) == (10, 5)
     assert (whole.bytes, half.bytes) == (10 * size, 5 * size)
     for name in names:

@@ -19,6 +19,7 @@ from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
 from fxprune.recovery.features import FeatureReader, feature_loss, mean_feature_loss
 from fxprune.scoring.changed_part import ChangedPart
+from fxprune.scoring.rows import rows_of
 
 __all__ = ["losses_side_by_side"]
 
@@ -29,7 +30,8 @@ class _Fit:
     def __init__(self, job: Job, region: Region, index: OperatorIndex, settings: FitSettings) -> None:
         candidate = Candidate(job.original.graph, [region], job.original.tap)
         self.student = FeatureReader(candidate.graph, candidate.tap)
-        changed = ChangedPart(job.original.graph, candidate, index)
+        rows = rows_of(job.original.graph, job.original.images, job.original.device)
+        changed = ChangedPart(job.original.graph, candidate, index, rows)
         self.part, self.frontier = changed.part, changed.frontier
         self._settings = settings
         parameters = [weight.requires_grad_() for weight in adaptor_weights(self.part)]

@@ -53,16 +53,23 @@ class Comparison:
         pixels in place of one, where they are the images, or where they take more than `budget` bytes.
         """
         example = images.example(2)
-        with torch.no_grad():
-            given = Inputs(self.shared(example.to(device)))
-        image, value = augmentable(example), augmentable(given)
-        if image is None or value is None or len(given.args) > 1 or len(value) != example.batch_size:
+        image, value = augmentable(example), self._kept_value(example, device)
+        more = self._kept_value(images.inputs.select(torch.arange(3) % images.size), device)
+        if image is None or value is None or more is None:
+            return None
+        if len(value) != example.batch_size or len(more) != 3:  # dimension 0 must be the batch, for any batch
             return None
         if value.shape == image.shape or value.nbytes * images.size > budget * example.batch_size:
             return None
         with torch.no_grad():
             parts = [self.shared(batch.to(device))[0].cpu() for batch in images.batches(_KEPT_AT_ONCE)]
         return CalibrationSet(Inputs((torch.cat(parts),)))
+
+    @torch.no_grad()
+    def _kept_value(self, inputs: Inputs, device: str) -> Tensor | None:
+        """The shared values of a batch where they are one tensor of channels and pixels."""
+        given = self.shared(inputs.to(device))
+        return augmentable(Inputs(given)) if len(given) == 1 else None
 
     def behind(self) -> Comparison:
         """The same comparison for batches of the values that both networks share, in place of images."""

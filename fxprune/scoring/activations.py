@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import OptionError
-from fxprune.graph.call import bind
-from fxprune.graph.operators import shape_of, tensor_meta
+from fxprune.graph.call import is_batched
+from fxprune.scoring.rows import Keeper, Rows, example_batch, tensors_in
 
-__all__ = ["Activations", "bytes_of", "bytes_per_image", "example_batch", "rows_per_image"]
-
-
-def example_batch(gm: fx.GraphModule) -> int:
-    """Batch size of the example that the graph's shapes come from."""
-    shapes = (shape_of(node) for node in gm.graph.find_nodes(op="placeholder"))
-    return next((shape[0] for shape in shapes if shape), 1)
-
-
-def rows_per_image(node: fx.Node, batch: int) -> int:
-    """Entries of dimension 0 that one image takes; 0 where dimension 0 does not grow with the batch."""
-    shape = shape_of(node)
-    return 0 if not shape or shape[0] % batch else shape[0] // batch
+__all__ = ["Activations", "bytes_of", "bytes_per_image"]
 
 
 def bytes_of(node: fx.Node) -> int:
     """Memory that a node's value takes for the example batch."""
-    size: int = prod(shape_of(node) or ()) * tensor_meta(node).dtype.itemsize
-    return size
+    return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors_in(node))
 
 
 def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
@@ -42,27 +30,13 @@ def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
     return sum(bytes_of(nodes[name]) // batch for name in set(names))
 
 
-class _Keeper(fx.Interpreter):
-    """Runs a graph batch by batch and copies out the values of some nodes."""
-
-    def __init__(self, gm: fx.GraphModule, names: Iterable[str]) -> None:
-        super().__init__(gm)
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.kept:
-            # a copy: a later in-place operator may change the original
-            self.kept[n.name].append(value.detach().clone())
-        return value
-
-
 class Activations:
     """Values of some nodes for as many calibration images as the budget holds.
 
     Args:
         gm: The original network, with shapes, on `device`.
-        names: Nodes to keep; dimension 0 of each must grow with the batch.
+        names: Nodes to keep: inputs of the network, which may be numbers or hold several tensors, and those of `rows`.
+        rows: Where the images lie in the values of nodes that have a batch dimension.
         calibration: The images.
         device: Where to run and keep.
         budget: Bytes; where all images do not fit, the first ones that do are used.
@@ -76,6 +50,7 @@ class Activations:
         self,
         gm: fx.GraphModule,
         names: Sequence[str],
+        rows: Mapping[str, Rows],
         calibration: CalibrationSet,
         *,
         device: str,
@@ -90,24 +65,32 @@ class Activations:
                 f"({size / 2**20:.1f} MiB each); raise cache_bytes, or use smaller images"
             )
         self.bytes = size * self.images
-        batch = example_batch(gm)
-        nodes = {node.name: node for node in gm.graph.nodes}
-        self._rows = {name: rows_per_image(nodes[name], batch) for name in names}
-        keeper = _Keeper(gm, names)
-        with torch.no_grad():
-            for images in CalibrationSet(calibration.example(self.images)).batches(batch_size):
-                inputs = images.to(device)
-                keeper.run(*bind(gm, inputs.args, inputs.kwargs), enable_io_processing=False)
-        self._values = {name: torch.cat(parts) for name, parts in keeper.kept.items()}
+        keeper = Keeper(gm, names)
+        for images in CalibrationSet(calibration.example(self.images)).batches(batch_size):
+            keeper.see(images.to(device))
+        self._rows = {name: rows.get(name, Rows()) for name in names}
+        self._values = {name: _joined(parts, self._rows[name]) for name, parts in keeper.kept.items()}
 
-    def first(self, name: str, stop: int, start: int = 0) -> Tensor:
-        """A copy of a node's values for the images from `start` to `stop`."""
-        rows = self._rows[name]
-        return self._values[name][start * rows : stop * rows].clone()
+    def first(self, name: str, stop: int, start: int = 0) -> Any:
+        """A copy of a node's value for the images from `start` to `stop`."""
+        return self._of(name, lambda values: values[start:stop])
 
-    def select(self, name: str, images: Tensor) -> Tensor:
-        """A copy of a node's values for some images (int64 indices)."""
-        rows, values = self._rows[name], self._values[name]
-        if rows == 1:
-            return values.index_select(0, images)
-        return values.view(self.images, rows, *values.shape[1:]).index_select(0, images).flatten(0, 1)
+    def select(self, name: str, images: Tensor) -> Any:
+        """A copy of a node's value for some images (int64 indices)."""
+        return self._of(name, lambda values: values.index_select(0, images))
+
+    def _of(self, name: str, chosen: Callable[[Tensor], Tensor]) -> Any:
+        def copy(values: Tensor) -> Tensor:
+            return (self._rows[name].joined(chosen(values)) if is_batched(values) else values).clone()
+
+        return pytree.tree_map_only(Tensor, copy, self._values[name])
+
+
+def _joined(parts: Sequence[Any], rows: Rows) -> Any:
+    """The values of several batches as one, images first; what belongs to every image alike is the first batch's."""
+    return pytree.tree_map(
+        lambda *leaves: (
+            torch.cat([rows.by_image(leaf) for leaf in leaves]) if is_batched(leaves[0]) else leaves[0]
+        ),
+        *parts,
+    )

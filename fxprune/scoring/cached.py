@@ -28,9 +28,10 @@ from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
 from fxprune.recovery.features import feature_loss
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import optimise
-from fxprune.scoring.activations import Activations, bytes_per_image, example_batch, rows_per_image
+from fxprune.scoring.activations import Activations, bytes_per_image
 from fxprune.scoring.changed_part import ChangedPart
 from fxprune.scoring.least_squares import start_pre_adaptors
+from fxprune.scoring.rows import rows_of
 
 __all__ = ["CachedScorer"]
 
@@ -65,8 +66,8 @@ class CachedScorer:
     ) -> None:
         self._original = original
         self._gm, self._tap, self._device = original.graph, original.tap, original.device
-        flow, batch = flow_nodes(self._gm), example_batch(self._gm)
-        loose = [name for name in self._tap if rows_per_image(flow[name], batch) == 0]
+        self._rows = rows_of(self._gm, original.images, self._device)
+        loose = [name for name in self._tap if name not in self._rows]
         if loose:
             raise GraphError(
                 f"dimension 0 of the tap {', '.join(loose)} does not grow with the batch, so it cannot be cached; name "
@@ -84,7 +85,8 @@ class CachedScorer:
         self._building = threading.Lock()
         # every value of the network for a batch: what a backward pass reads, and then some
         fit = (
-            bytes_per_image(self._gm, [n for n, node in flow.items() if shape_of(node)]) * settings.batch_size
+            bytes_per_image(self._gm, [n for n, node in flow_nodes(self._gm).items() if shape_of(node)])
+            * settings.batch_size
         )
         self.workers = max(1, cache_bytes // 4 // max(1, fit)) if self._device.startswith("cpu") else 1
         self.peak_bytes = 0
@@ -112,7 +114,8 @@ class CachedScorer:
         self._cache = None
 
     def _part(self, regions: Sequence[Region]) -> ChangedPart:
-        return ChangedPart(self._gm, Candidate(self._gm, regions, self._tap), self._index, self._waists)
+        candidate = Candidate(self._gm, regions, self._tap)
+        return ChangedPart(self._gm, candidate, self._index, self._rows, self._waists)
 
     def _work(self, regions: Sequence[Region]) -> tuple[ChangedPart, Activations]:
         with self._building:
@@ -144,7 +147,7 @@ class CachedScorer:
             with using_threads(self._threads):
                 wanted, images = list(dict.fromkeys(names)), self._original.images
                 self._cache = Activations(
-                    self._gm, wanted, images, device=self._device, budget=self._cache_bytes
+                    self._gm, wanted, self._rows, images, device=self._device, budget=self._cache_bytes
                 )
             self._held = frozenset(names)
             self.peak_bytes = max(self.peak_bytes, self._cache.bytes)

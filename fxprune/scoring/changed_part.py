@@ -13,7 +13,8 @@ from fxprune.passes import FoldBatchNorm
 from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate
 from fxprune.recovery.features import feature_loss
-from fxprune.scoring.activations import Activations, bytes_of, example_batch, rows_per_image
+from fxprune.scoring.activations import Activations, bytes_of
+from fxprune.scoring.rows import Rows
 
 __all__ = ["ChangedPart"]
 
@@ -25,11 +26,12 @@ class ChangedPart:
         gm: The original, with shapes.
         candidate: Of it.
         index: Of its operators.
+        rows: The values that have a batch dimension.
         waists: Where the waist may be; without, see there.
 
     Attributes:
-        frontier: Values that the changed part reads and that can be cached: the same in the original, computed from
-            its inputs, one entry of dimension 0 for each image. Sizes and constants are computed anew.
+        frontier: Values that the changed part reads, the same in the original, and that can be told apart by image:
+            those with a batch dimension, and the network's inputs. Sizes and constants are computed anew.
         part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
             feature maps at every step.
         waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
@@ -43,23 +45,23 @@ class ChangedPart:
         gm: fx.GraphModule,
         candidate: Candidate,
         index: OperatorIndex,
+        rows: Mapping[str, Rows],
         waists: Collection[str] = (),
     ) -> None:
         self.candidate = candidate
-        flow, batch = flow_nodes(gm), example_batch(gm)
-        cacheable = {name for name, node in flow.items() if rows_per_image(node, batch) == 1}
+        flow = flow_nodes(gm)
         nodes = {node.name: node for node in candidate.graph.graph.nodes}
         bypasses = [nodes[region.bypass] for region in candidate.regions if region.bypass in nodes]
         below = [user.name for bypass in bypasses for user in bypass.users if user.op != "output"]
         sources = [*candidate.adaptor_nodes(), *below]  # whoever reads another value than in the original
         changed = descendants(candidate.graph, sources)
-        known = cacheable - changed
+        known = {*rows, *(name for name, node in nodes.items() if node.op == "placeholder")} - changed
         needed = ancestors(candidate.graph, candidate.tap, known)
         self.frontier = [name for name in nodes if name in known and name in needed]
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
         if not waists:
-            largest = max((bytes_of(flow[name]) for name in self.frontier), default=0)
-            waists = {name for name in cacheable if bytes_of(flow[name]) <= largest}
+            largest = max((bytes_of(nodes[name]) for name in self.frontier), default=0)
+            waists = {name for name in rows if bytes_of(flow[name]) <= largest}
         self.waist = _waist(self.part, candidate, sources, waists)
         self.to_waist = self.part
         if self.waist is not None:
@@ -69,9 +71,7 @@ class ChangedPart:
         gone = {n for r in candidate.regions for n in r.body if n not in nodes and n != r.exit}
         reads = {s.operator: index[s.operator].data[0] for s in candidate.adaptors if s.side is Side.PRE}
         self.targets: Mapping[str, str] = {
-            operator: name
-            for operator, name in reads.items()
-            if name not in gone and name in flow and rows_per_image(flow[name], batch)
+            operator: name for operator, name in reads.items() if name not in gone and name in rows
         }
 
     @property
