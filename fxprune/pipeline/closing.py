@@ -118,8 +118,9 @@ def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callabl
 def _report(
     job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison, judged: Judgement
 ) -> CompressionReport:
-    fold_error, doubt = recovered.fold_error, overfitted(recovered.after)
-    if doubt is not None:
+    fold_error = recovered.fold_error
+    doubts = [note for note in (overfitted(recovered.after), _unsaved(job)) if note is not None]
+    for doubt in doubts:
         logger.warning("%s", doubt)
     return CompressionReport(
         plan=plan,
@@ -138,7 +139,17 @@ def _report(
         seed=job.options.seed,
         durations=job.stage.seconds,
         versions=versions(job.original.device),
-        notes=(*job.notes, *recovered.notes, *([] if doubt is None else [doubt])),
+        notes=(*job.notes, *recovered.notes, *doubts),
+    )
+
+
+def _unsaved(job: Job) -> str | None:
+    """What the owner of a model with Hugging Face's methods should know; a graph of the whole has none of them."""
+    if job.options.submodule is None or not hasattr(job.model, "from_pretrained"):
+        return None
+    return (
+        "after save_pretrained, from_pretrained builds all layers of the config, and those that were cut get random "
+        "weights: keep the state_dict and load it into the model that compress returned, or use the files of out="
     )
 
 
