@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.errors import GraphError, PreconditionError
 from fxprune.graph import operators as ops
 from fxprune.graph import vocabulary
-from fxprune.graph.regions import Region
+from fxprune.graph.regions import Region, every_call
 from fxprune.passes.base import FxPass
 
 __all__ = ["DropRegions"]
@@ -39,8 +39,8 @@ class DropRegions(FxPass):
     """
 
     def __init__(self, regions: Sequence[Region]) -> None:
-        self._regions = tuple(regions)
-        for first, second in combinations(self._regions, 2):
+        self._regions = every_call(regions)
+        for first, second in combinations(regions, 2):
             if first.overlaps(second):
                 raise PreconditionError(f"regions {first.label} and {second.label} overlap; drop one of them")
 

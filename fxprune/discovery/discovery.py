@@ -21,6 +21,7 @@ from torch import fx
 from fxprune.discovery.border import Border, Refusal
 from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.discovery.labels import Ignore, ignore_rule, label_of, with_unique_labels
+from fxprune.discovery.twins import tied
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
 from fxprune.graph.extract import kept, reached
@@ -68,7 +69,7 @@ def discover(
         found.extend(search.composites(found))
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     found.sort(key=lambda r: (position[r.exit], position[r.entry], r.kind.value))
-    labelled = with_unique_labels(found)
+    labelled = with_unique_labels(tied(gm, found))
     left = dict.fromkeys(ignore_rule(gm, ignore, labelled))
     refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r not in left)
     refused.sort(key=lambda r: position[r.exit])

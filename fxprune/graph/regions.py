@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["AdaptorSite", "Discovery", "Kind", "Reason", "Region", "Rejection", "Side"]
+__all__ = ["AdaptorSite", "Discovery", "Kind", "Reason", "Region", "Rejection", "Side", "every_call"]
 
 
 class Kind(str, Enum):
@@ -62,6 +63,8 @@ class Region:
         modules: Module paths of the operators that disappear, in graph order.
         shape: Shape of the exit and of its bypass (batch included) in the traced example.
         dtype: Its type, such as `torch.float32`.
+        twins: Other calls of the same weights, side by side with this one, as those of an encoder that images share;
+            they are dropped with it.
     """
 
     entry: str
@@ -73,10 +76,26 @@ class Region:
     modules: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
+    twins: tuple[Region, ...] = ()
+
+    @property
+    def calls(self) -> tuple[Region, ...]:
+        """The region and its twins."""
+        return (self, *self.twins)
+
+    @property
+    def whole_body(self) -> frozenset[str]:
+        """The body, with those of the twins."""
+        return frozenset(name for call in self.calls for name in call.body)
 
     def overlaps(self, other: Region) -> bool:
         """Whether the two share a node, so that no plan may hold both."""
-        return not set(self.body).isdisjoint(other.body)
+        return not self.whole_body.isdisjoint(other.whole_body)
+
+
+def every_call(regions: Iterable[Region]) -> tuple[Region, ...]:
+    """Some regions, each followed by its twins."""
+    return tuple(call for region in regions for call in region.calls)
 
 
 @dataclass(frozen=True, slots=True)

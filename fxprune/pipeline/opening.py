@@ -310,6 +310,7 @@ def _in_front_of(graph: fx.GraphModule, tap: Sequence[str], found: Discovery) ->
     behind = tuple(
         Rejection(r.entry, r.exit, Reason.BEHIND_TAP, (r.exit,), f"the tap is {', '.join(tap)}", r.label)
         for r in found.regions
-        if r.exit not in seen
+        if not seen.issuperset(call.exit for call in r.calls)
     )
-    return Discovery(tuple(r for r in found.regions if r.exit in seen), found.rejections + behind)
+    gone = {r.label for r in behind}
+    return Discovery(tuple(r for r in found.regions if r.label not in gone), found.rejections + behind)

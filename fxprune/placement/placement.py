@@ -17,7 +17,7 @@ from torch import fx
 from fxprune.errors import GraphError
 from fxprune.graph import operators as ops
 from fxprune.graph.extract import kept, reached
-from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.graph.regions import AdaptorSite, Region, Side, every_call
 from fxprune.placement.dense import OperatorIndex
 
 __all__ = ["Placement", "SiteRefusal", "find_sites"]
@@ -64,8 +64,9 @@ def find_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> Placement:
     Raises:
         GraphError: A region does not belong to this graph.
     """
-    walk = _Walk(gm, regions)
-    for region in regions:
+    calls = every_call(regions)
+    walk = _Walk(gm, calls)
+    for region in calls:
         walk.around(region)
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     sites = sorted(walk.sites, key=lambda s: (position[s.operator], s.side.value))

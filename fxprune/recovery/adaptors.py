@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.extract import share
-from fxprune.graph.regions import AdaptorSite, Region
+from fxprune.graph.regions import AdaptorSite, Region, every_call
 from fxprune.passes import Adaptor, Cut
 from fxprune.placement.placement import find_sites
 from fxprune.recovery.features import surviving_tap
@@ -45,11 +45,11 @@ class Candidate:
     """
 
     def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], tap: Sequence[str]) -> None:
-        self.regions = tuple(regions)
-        self.placement = find_sites(gm, self.regions)
+        self.regions = every_call(regions)
+        self.placement = find_sites(gm, regions)
         self.graph = share(gm)
-        Cut(self.regions, self.placement.sites, fold=False)(self.graph)
-        self.tap = surviving_tap(tap, self.regions)
+        Cut(regions, self.placement.sites, fold=False)(self.graph)
+        self.tap = surviving_tap(tap, regions)
         self.adaptors = {m.site: m for m in self.graph.modules() if isinstance(m, Adaptor)}
 
     def adaptor_nodes(self) -> list[str]:

@@ -14,7 +14,7 @@ from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.graph.call import Inputs
 from fxprune.graph.extract import ancestors, between, descendants
 from fxprune.graph.operators import mutated_input, shape_of
-from fxprune.graph.regions import Region
+from fxprune.graph.regions import Region, every_call
 from fxprune.passes import FoldBatchNorm
 from fxprune.recovery.features import FeatureReader, copied, feature_loss, mean_error, surviving_tap
 from fxprune.recovery.original import Original
@@ -148,7 +148,7 @@ class Pair:
         self._original, self._student = original, student
         self.tap = surviving_tap(original.tap, regions)
         nodes = {node.name: node for node in student.graph.nodes}
-        bypasses = [nodes[region.bypass] for region in regions if region.bypass in nodes]
+        bypasses = [nodes[region.bypass] for region in every_call(regions) if region.bypass in nodes]
         readers = [user.name for bypass in bypasses for user in bypass.users if user.op != "output"]
         before = ancestors(student, self.tap)  # what adaptors change behind the tap is not mimicked
         flow = flow_nodes(student)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.graph.call import Inputs, bind
 from fxprune.graph.extract import between
-from fxprune.graph.regions import Region
+from fxprune.graph.regions import Region, every_call
 from fxprune.passes import FoldBatchNorm
 
 __all__ = ["FeatureReader", "copied", "feature_loss", "mean_error", "mean_feature_loss", "surviving_tap"]
@@ -20,7 +20,7 @@ __all__ = ["FeatureReader", "copied", "feature_loss", "mean_error", "mean_featur
 
 def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
     """The nodes that hold the tap's values once some regions are dropped."""
-    bypass = {region.exit: region.bypass for region in regions}
+    bypass = {region.exit: region.bypass for region in every_call(regions)}
 
     def follow(name: str) -> str:
         while name in bypass:

@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 def trainable_parameters(part: fx.GraphModule, whole: fx.GraphModule | None = None) -> list[nn.Parameter]:
-    """Parameters that a part computes with; those with several call sites in the whole network stay as they are."""
+    """Parameters that a part computes with; those that the whole network uses elsewhere too stay as they are."""
     uses = _uses(whole or part)
-    return [p for p in _uses(part) if uses[p] == 1 and p.is_floating_point()]
+    return [p for p, count in _uses(part).items() if uses[p] == count and p.is_floating_point()]
 
 
 def _uses(gm: fx.GraphModule) -> Counter[nn.Parameter]:

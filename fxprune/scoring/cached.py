@@ -184,7 +184,7 @@ class CachedScorer:
                 features = part(*(cache.select(name, chosen) for name in work.frontier))
                 yield feature_loss(features, [cache.select(name, chosen) for name in ends])
 
-        title = ", ".join(region.label for region in work.candidate.regions)
+        title = ", ".join(dict.fromkeys(region.label for region in work.candidate.regions))
         for parameter in parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import ArtifactError
 from fxprune.files import check_writable, write_bytes_atomic, write_json_atomic
-from fxprune.graph.regions import AdaptorSite, Region, Side
+from fxprune.graph.regions import AdaptorSite, Region, Side, every_call
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.fingerprint import Fingerprint, bytes_of, json_form
 
@@ -38,7 +38,7 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Attrib
 
 def content_of(regions: Sequence[Region]) -> list[list[str]]:
     """What a set of regions is, whatever it is called and in whatever order it comes."""
-    return sorted([region.entry, region.exit, region.bypass] for region in regions)
+    return sorted([region.entry, region.exit, region.bypass] for region in every_call(regions))
 
 
 class ScoreStore:

@@ -59,8 +59,8 @@ def _parameter_users(gm: GraphModule) -> dict[Parameter, set[str]]:
 
 def _saved(users: dict[Parameter, set[str]], nodes: dict[str, Node], region: Region) -> int:
     """The parameters that only the body reads, without what the bypass needs: a projection shortcut stays."""
-    body = set(region.body)
-    pending = [region.bypass]
+    body = set(region.whole_body)
+    pending = [call.bypass for call in region.calls]
     while pending:
         name = pending.pop()
         if name in body:

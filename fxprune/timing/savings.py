@@ -59,7 +59,7 @@ def measure_savings(
 
 def signature(gm: fx.GraphModule, region: Region) -> tuple[str, ...]:
     """What a region costs, as a key: operators, their settings and the shapes they work on, in graph order."""
-    body = set(region.body)
+    body = region.whole_body
     return (
         region.kind.value,
         *(_describe(gm, n) for n in gm.graph.nodes if n.name in body and n.op != "get_attr"),
