@@ -13,6 +13,7 @@ from torch import fx
 import fxprune
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
+from fxprune.calibration.rows import rows_of
 from fxprune.discovery.dominance import flow_nodes
 from fxprune.discovery.taps import find_tap
 from fxprune.errors import OptionError
@@ -29,7 +30,6 @@ from fxprune.scoring.cached import CachedScorer
 from fxprune.scoring.changed_part import ChangedPart
 from fxprune.scoring.end_to_end import EndToEndScorer
 from fxprune.scoring.joint_losses import JointLosses
-from fxprune.scoring.rows import rows_of
 from fxprune.scoring.scorer import fit_all
 from tests.strategies import BlockSpec, NetSpec, image_batch
 

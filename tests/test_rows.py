@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.calibration.drawing import draw
+from fxprune.calibration.rows import Rows, rows_of
 from fxprune.discovery.taps import find_tap
 from fxprune.errors import GraphError
 from fxprune.passes import Prepare
 from fxprune.recovery.original import Original
 from fxprune.scoring.cached import CachedScorer
 from fxprune.scoring.end_to_end import EndToEndScorer
-from fxprune.scoring.rows import Rows, rows_of
 from tests.doubles import brief
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fxprune.calibration.augment import augmentation
+from fxprune.calibration.rows import rows_of
 from fxprune.graph.regions import Region
 from fxprune.options import FitSettings
 from fxprune.pipeline.job import Job
@@ -19,7 +20,6 @@ from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
 from fxprune.recovery.features import FeatureReader, feature_loss, mean_feature_loss
 from fxprune.scoring.changed_part import ChangedPart
-from fxprune.scoring.rows import rows_of
 
 __all__ = ["losses_side_by_side"]
 

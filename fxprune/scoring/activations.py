@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.calibration.rows import Keeper, Rows, example_batch, tensors_in
 from fxprune.errors import OptionError
 from fxprune.graph.call import is_batched
-from fxprune.scoring.rows import Keeper, Rows, example_batch, tensors_in
 
 __all__ = ["Activations", "bytes_of", "bytes_per_image"]
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fxprune.calibration.rows import rows_of
 from fxprune.discovery.dominance import flow_nodes
 from fxprune.errors import GraphError
 from fxprune.graph.operators import shape_of
@@ -31,7 +32,6 @@ from fxprune.recovery.training import optimise
 from fxprune.scoring.activations import Activations, bytes_per_image
 from fxprune.scoring.changed_part import ChangedPart
 from fxprune.scoring.least_squares import start_pre_adaptors
-from fxprune.scoring.rows import rows_of
 
 __all__ = ["CachedScorer"]
 

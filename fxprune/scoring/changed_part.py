@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
+from fxprune.calibration.rows import Rows
 from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.graph.extract import ancestors, between, descendants
 from fxprune.graph.regions import Side
@@ -14,7 +15,6 @@ from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate
 from fxprune.recovery.features import feature_loss
 from fxprune.scoring.activations import Activations, bytes_of
-from fxprune.scoring.rows import Rows
 
 __all__ = ["ChangedPart"]
 

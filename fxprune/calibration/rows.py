@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.discovery.dominance import flow_nodes
@@ -16,7 +17,6 @@ from fxprune.graph.call import Inputs, bind
 from fxprune.graph.extract import share
 from fxprune.graph.operators import shape_of
 from fxprune.graph.shapes import propagate_shapes
-from fxprune.recovery.features import copied
 
 __all__ = ["Keeper", "Rows", "example_batch", "rows_of", "tensors_in"]
 
@@ -64,7 +64,7 @@ class Keeper(fx.Interpreter):
         """The node's value; kept as a copy, for a later in-place operator may change it."""
         value = super().run_node(n)
         if n.name in self.kept:
-            self.kept[n.name].append(copied(value))
+            self.kept[n.name].append(pytree.tree_map_only(Tensor, torch.clone, value))
         return value
 
     @torch.no_grad()
