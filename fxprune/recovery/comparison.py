@@ -154,7 +154,8 @@ class Pair:
         flow = flow_nodes(student)
         changes = [name for name in (*operators, *readers) if name in before and name in flow]
         known = flow.keys() - descendants(student, changes) if changes else set()
-        needed = ancestors(student, self.tap, known)
+        # the original too: what was cut may be all that reads a size of the images
+        needed = ancestors(student, self.tap, known) | ancestors(original.graph, original.tap, known)
         known |= set(_inputs(student))  # numbers among them too
         self.frontier = [name for name in nodes if name in needed and name in known]
         behind = descendants(student, readers) & before
