@@ -114,7 +114,12 @@ def recover(
     student, fold_error = cut_and_fold(original, regions, maps)
     measure = partial(fidelity, original, student, regions)
     before = Fidelities(measure(original.images), None if held_back is None else measure(held_back))
-    operators = [site.operator for site in maps or find_sites(original.graph, regions).sites]
+    placement = find_sites(original.graph, regions)
+    operators = [site.operator for site in maps or placement.sites]
+    if any(
+        region.twins for region in regions
+    ):  # weights with several calls take no adaptor: mimicking changes them
+        operators += [refusal.operator for refusal in placement.refused]
     pair = Pair(original, student, regions, operators)
     whole = pair.at_tap(changed_only=settings.changed_only, junctions=settings.junctions)
     near = pair.at_near_junctions() if settings.near_cuts else None
