@@ -2,14 +2,16 @@
 
     python -m benchmarks.claims.user_models [--only retinanet_resnet50_fpn,hugging_face_vit]
 
-Parts of torchvision's detectors and of RAFT, a torchvision ViT, and a Hugging Face ViT (when transformers is
-installed). Weights and images are random, so accuracy means nothing here; what counts is that two regions are cut,
-that the result runs, that its ONNX file agrees with torch, and what time it saves. Few iterations are enough for that.
+Parts of torchvision's detectors and of RAFT, a torchvision ViT, a Hugging Face ViT, and with the extra `test-users` the
+families of Hugging Face, Ultralytics, timm and segmentation-models-pytorch, whose cuts are chosen by FLOPs, for
+which needs no clock. Weights and images are random, so accuracy means nothing here; what counts is that two regions
+are cut, that the result runs, that its ONNX file agrees with torch, and what time it saves. Few iterations are enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._ops import OpOverload
 from torchvision import models
 
 import fxprune
@@ -31,6 +34,15 @@ from fxprune.processes.threads import using_threads
 __all__ = ["USERS", "UserModel", "main"]
 
 ITERATIONS = 4
+BY_FLOPS = {"latency_batch": 1, "cost": "flops"}
+TRANSFORMER = {
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "image_size": 96,
+    "patch_size": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,64 @@ def _hugging_face() -> nn.Module:
     return model
 
 
+def _transformers(name: str, **values: Any) -> nn.Module:
+    import transformers
+
+    model: nn.Module = getattr(transformers, name)(getattr(transformers, _config_of(name))(**values))
+    return model
+
+
+def _config_of(name: str) -> str:
+    family = re.match(r"(.+?)(For|VisionModel|Backbone)", name)
+    assert family is not None
+    return f"{family[1]}{'Vision' if family[2] == 'VisionModel' else ''}Config"
+
+
+def _on_hugging_face(name: str, size: int, **values: Any) -> UserModel:
+    """With labels in the batches, as the loaders of such networks have them."""
+    return UserModel(
+        partial(_transformers, name, **values),
+        lambda: [
+            {"pixel_values": batch, "labels": torch.zeros(4, dtype=torch.long)}
+            for batch in torch.rand(4, 4, 3, size, size)
+        ],
+        None,
+        BY_FLOPS,
+        lambda model, batch: model(pixel_values=batch["pixel_values"]),
+    )
+
+
+def _ultralytics(name: str) -> nn.Module:
+    from ultralytics import YOLO
+
+    model: nn.Module = YOLO(f"{name}.yaml").model
+    return model
+
+
+def _timm(name: str, **values: Any) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, **values)
+    return model
+
+
+def _unet(encoder: str) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    model: nn.Module = smp.Unet(encoder, encoder_weights=None)
+    return model
+
+
+def _on_images(build: Callable[[], nn.Module], size: int) -> UserModel:
+    return UserModel(
+        build,
+        lambda: list(torch.rand(4, 4, 3, size, size)),
+        None,
+        BY_FLOPS,
+        lambda model, batch: model(batch),
+    )
+
+
 def _of_first(model: nn.Module, batch: Any) -> Any:
     return model(batch[0])
 
@@ -123,6 +193,23 @@ USERS: Mapping[str, UserModel] = {
         {"latency_batch": 1},
         lambda model, batch: model(**batch),
     ),
+    "hf_resnet": _on_hugging_face(
+        "ResNetForImageClassification", 96, layer_type="basic", depths=[2, 2, 2, 2]
+    ),
+    "hf_convnextv2": _on_hugging_face("ConvNextV2ForImageClassification", 96),
+    "hf_swinv2": _on_hugging_face("Swinv2ForImageClassification", 64, image_size=64, window_size=4),
+    "hf_segformer": _on_hugging_face("SegformerForImageClassification", 96),
+    "hf_dinov2": _on_hugging_face("Dinov2ForImageClassification", 96, **TRANSFORMER),
+    "hf_clip": _on_hugging_face("CLIPVisionModel", 96, **TRANSFORMER),
+    "hf_siglip": _on_hugging_face("SiglipVisionModel", 96, **TRANSFORMER),
+    "yolov8n": _on_images(partial(_ultralytics, "yolov8n"), 128),
+    "yolo11n": _on_images(partial(_ultralytics, "yolo11n"), 128),
+    "yolov8n-cls": _on_images(partial(_ultralytics, "yolov8n-cls"), 128),
+    "timm_resnet18_features": _on_images(partial(_timm, "resnet18", features_only=True), 96),
+    "timm_mobilevit_s": _on_images(partial(_timm, "mobilevit_s"), 96),
+    "timm_fastvit_t8": _on_images(partial(_timm, "fastvit_t8"), 96),
+    "timm_efficientnet_b0": _on_images(partial(_timm, "efficientnet_b0"), 96),
+    "smp_unet_resnet34": _on_images(partial(_unet, "resnet34"), 96),
 }
 
 
@@ -180,8 +267,10 @@ def compress_and_run(user: UserModel, k: int, seed: int) -> dict[str, Any]:
     part = small if user.submodule is None else small.get_submodule(user.submodule)
     with tempfile.TemporaryDirectory() as folder:
         record = fxprune.export_onnx(part, Path(folder) / "part.onnx")
+    exported = any(isinstance(node.target, OpOverload) for node in _graph_of(part).graph.nodes)
     return {
         "part": user.submodule or "",
+        "front_end": "export" if exported else "fx",
         "regions": len(made.plan.scores),
         "chosen": list(made.plan.chosen),
         "parameters": made.parameters,
@@ -194,12 +283,22 @@ def compress_and_run(user: UserModel, k: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _graph_of(part: nn.Module) -> fx.GraphModule:
+    return next(module for module in part.modules() if isinstance(module, fx.GraphModule))
+
+
 def _print(entries: Mapping[str, Any]) -> None:
     rows = [
         {"network": name, **row, "low": row["interval"]["low"], "high": row["interval"]["high"]}
         for name, row in entries.items()
     ]
-    names = {"network": "network", "part": "part", "regions": "regions", "cut": "chosen"}
+    names = {
+        "network": "network",
+        "part": "part",
+        "front end": "front_end",
+        "regions": "regions",
+        "cut": "chosen",
+    }
     latency = {"latency ratio": "ratio", "95 % from": "low", "to": "high"}
     print_rows(rows, {**names, **latency, "fold": "fold_error", "onnx": "onnx_max_abs_diff", "s": "seconds"})
 
