@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, fx, nn
@@ -208,6 +208,8 @@ def measure(
         MeasurementError: The backend cannot run one of the networks.
         OutOfMemoryError: Memory ran out.
     """
+    if isinstance(inputs, Mapping):
+        raise OptionError(f"inputs is a {type(inputs).__name__}: give the tensors in the order of forward")
     batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with memory_explained():
         return timing.compare(before, [after], batch, backend=backend, device=device, settings=settings)[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, c
 
 from fxprune.errors import OptionError
 from fxprune.recipes import RECIPES, FitSettings, Recipe, Selection, recipe_named
-from fxprune.validation import is_number, is_whole, listed, one_of, require
+from fxprune.validation import TORCH_PRUNING, is_number, is_whole, listed, one_of, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -308,6 +308,8 @@ def takes(settings: type) -> Callable[[Function], Function]:
             if unknown:
                 near = difflib.get_close_matches(unknown[0], known, n=3)
                 hint = f"did you mean {', '.join(near)}?" if near else f"it takes {', '.join(sorted(known))}"
+                if unknown[0] in TORCH_PRUNING:
+                    hint = f"what torch-pruning calls so is {TORCH_PRUNING[unknown[0]]} here"
                 raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}; {hint}")
             return function(*args, **keywords)
 

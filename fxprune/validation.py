@@ -8,7 +8,15 @@ from typing import get_args
 
 from fxprune.errors import OptionError
 
-__all__ = ["is_number", "is_whole", "listed", "one_of", "require"]
+__all__ = ["TORCH_PRUNING", "is_number", "is_whole", "listed", "one_of", "require"]
+
+TORCH_PRUNING = {
+    "ignored_layers": "ignore",
+    "pruning_ratio": "k or target_speedup",
+    "importance": "criterion",
+    "iterative_steps": "sweep",
+}
+"""Words of torch-pruning, and ours for them."""
 
 
 def require(owner: object, rules: Iterable[tuple[str, bool, str]]) -> None:

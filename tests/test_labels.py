@@ -74,6 +74,8 @@ def test_an_entry_that_matches_nothing_lists_what_there_is(ignore: Any) -> None:
 def test_an_entry_of_another_type_is_refused() -> None:
     with pytest.raises(OptionError, match="neither a string"):
         labels([3])
+    with pytest.raises(OptionError, match=r"a Linear: give its path, as in ignore='layer1\.0', or its class"):
+        labels([nn.Linear(2, 2)])
 
 
 def region(label: str, *body: str, kind: Kind = Kind.IDENTITY) -> Region:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.errors import DeviceError, MeasurementError, OptionError
 from fxprune.export.onnx_file import export_onnx
 from fxprune.measurements import Interval, LatencyComparison
@@ -248,3 +249,8 @@ def test_the_network_that_fails_is_named() -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert latency.device_name("cpu").strip()
+
+
+def test_inputs_by_name_are_refused_in_words() -> None:
+    with pytest.raises(OptionError, match="inputs is a dict: give the tensors in the order of forward"):
+        fxprune.measure(nn.Identity(), nn.Identity(), inputs={"x": torch.ones(1)})  # type: ignore[arg-type]

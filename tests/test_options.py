@@ -203,6 +203,10 @@ def test_a_keyword_that_is_not_there_is_named_with_the_nearest() -> None:
         TypeError, match=r"compress\(\) has no argument 'target_speed'; did you mean target_speedup"
     ):
         fxprune.compress(tiny(), images(), target_speed=1.2)
+    with pytest.raises(
+        TypeError, match=r"no argument 'ignored_layers'; what torch-pruning calls so is ignore here"
+    ):
+        fxprune.compress(nn.Identity(), [], ignored_layers=[])
     with pytest.raises(TypeError, match=r"sweep\(\) has no argument 'k'"):
         fxprune.sweep(tiny(), images(), k=2)
 

@@ -78,7 +78,7 @@ def read_batch(
     if isinstance(result, tuple):
         return Inputs(result)
     if isinstance(result, Mapping):
-        return _keyword(result)
+        return _keyword(result, names)
     raise CalibrationError(
         f"input_fn returned {_kind(result)} for batch {index}: "
         "return a tensor, a tuple (the positional arguments) or a dict (the keyword arguments)."
@@ -124,7 +124,7 @@ def read_keywords(batch: Mapping[Any, Any], index: int, names: Mapping[str, bool
     if not complete or not any(isinstance(value, Tensor) for value in taken.values()):
         return None
     _note_left(batch, taken, index)
-    return _keyword(taken)
+    return _keyword(taken, names)
 
 
 def _note_left(batch: Mapping[Any, Any], taken: Collection[Any], index: int) -> None:
@@ -152,9 +152,11 @@ def _read_mapping(batch: Mapping[Any, Any], index: int, names: Mapping[str, bool
     return Inputs((batch[known[0]],))
 
 
-def _keyword(batch: Mapping[Any, Any]) -> Inputs:
-    # sorted: two mappings that differ in the order of their keys are the same inputs
-    return Inputs((), {str(key): batch[key] for key in sorted(batch, key=str)})
+def _keyword(batch: Mapping[Any, Any], names: Mapping[str, bool]) -> Inputs:
+    # two mappings that differ in the order of their keys are the same inputs; in the order of `forward` the graph takes
+    # them by position too
+    keys = [*(name for name in names if name in batch), *sorted(batch.keys() - names.keys(), key=str)]
+    return Inputs((), {str(key): batch[key] for key in keys})
 
 
 def _kind(value: object) -> str:

@@ -61,7 +61,9 @@ def discover(
             refused.append(candidate)
         elif candidate.kind not in wanted:
             refused.append(
-                _refuse(candidate, Reason.KIND, f"a {candidate.kind.value} region; kinds has no such")
+                _refuse(
+                    candidate, Reason.KIND, f"it is a {candidate.kind.value} region, which kinds= can ask for"
+                )
             )
         else:
             found.append(candidate)

@@ -84,6 +84,10 @@ def _matches(gm: fx.GraphModule, entry: Ignore, region: Region) -> bool:
         return any(fnmatchcase(name, entry) or name.startswith(f"{entry}.") for name in names)
     if isinstance(entry, type):
         return _holds_type(gm, entry, region)
+    if isinstance(entry, nn.Module):
+        raise OptionError(
+            f"ignore holds a module, a {type(entry).__name__}: give its path, as in ignore='layer1.0', or its class"
+        )
     if callable(entry):
         try:
             return bool(entry(region))

@@ -104,7 +104,8 @@ def capture_inputs(
     batches = _batches(loader, limit, seed)
     try:
         calls = _calls(private, path, batches, limit, place, input_fn)
-        return draw(calls, limit=limit, seed=seed, input_fn=_as_batch)
+        names = input_names(private.get_submodule(path))
+        return draw(calls, limit=limit, seed=seed, input_fn=_as_batch, names=names)
     except CalibrationError as error:
         raise CalibrationError(f"Capturing the inputs of submodule {path!r}: {error}") from error
 
