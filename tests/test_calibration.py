@@ -116,7 +116,7 @@ def test_a_mapping_of_the_networks_inputs_becomes_keywords_in_one_order() -> Non
     mask = torch.ones(2, 5, dtype=torch.int64)
     images = draw([{"pixels": numbered(2), "mask": mask}], names={"pixels": True, "mask": True})
     other = draw([{"mask": mask, "pixels": numbered(2)}], names={"pixels": True, "mask": True})
-    assert list(images.inputs.kwargs) == ["mask", "pixels"]
+    assert list(images.inputs.kwargs) == ["pixels", "mask"]
     assert images.inputs.kwargs["mask"].dtype == torch.int64
     assert images.fingerprint() == other.fingerprint()
 
