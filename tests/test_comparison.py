@@ -10,12 +10,14 @@ import fxprune
 from fxprune.calibration.drawing import draw
 from fxprune.discovery.taps import find_tap
 from fxprune.graph.call import Inputs
+from fxprune.graph.extract import between
 from fxprune.placement.placement import find_sites
 from fxprune.recovery.comparison import Pair
 from fxprune.recovery.features import FeatureReader, mean_feature_loss, surviving_tap
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import cut_and_fold
 from fxprune.recovery.training import trainable_parameters
+from tests.segmenter import Segmenter
 from tests.strategies import BlockSpec, NetSpec
 
 
@@ -185,3 +187,25 @@ def test_images_are_not_kept_as_shared_values() -> None:
     pair, original, _ = paired(resnet(), "stages.1.2")
     comparison = pair.at_tap(changed_only=False, junctions=False)
     assert comparison.keep(original.images, "cpu", budget=2**20) is None
+
+
+@torch.no_grad()
+def test_of_a_network_with_a_decoder_what_it_reads_of_the_changes_is_near() -> None:
+    gm = fxprune.trace(Segmenter(), torch.randn(2, 3, 16, 16))
+    regions = [region for region in fxprune.discover(gm).regions if region.label in ("wide.1", "wide.2")]
+    original = Original(gm, find_tap(gm), draw(torch.randn(4, 3, 16, 16)))
+    student, _ = cut_and_fold(original, regions, {})
+    operators = [site.operator for site in find_sites(gm, regions).sites]
+    pair = Pair(original, student, regions, operators)
+    near = pair.at_near_junctions()
+    assert (
+        set(pair.near) == {"add", "down"} and near is not None
+    )  # the first block's sum stands for the last one's
+    inputs = original.images.example(4)
+    values = {name: between(gm, ["x"], [name])(*inputs.args)[0] for name in ("add_2", "down")}
+    found = {name: between(student, ["x"], [name])(*inputs.args)[0] for name in ("add", "down")}
+    by_hand = [
+        float((found[ours] - values[theirs]).square().mean() / values[theirs].var(correction=0))
+        for ours, theirs in (("add", "add_2"), ("down", "down"))
+    ]
+    assert float(near.loss(inputs)) == pytest.approx(sum(by_hand) / 2, rel=1e-4)

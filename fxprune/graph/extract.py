@@ -8,7 +8,7 @@ from torch import fx
 
 from fxprune.graph.draft import Draft
 
-__all__ = ["ancestors", "between", "descendants", "kept", "reached", "share"]
+__all__ = ["ancestors", "between", "descendants", "exits", "is_returned", "kept", "reached", "share"]
 
 
 def share(gm: fx.GraphModule) -> fx.GraphModule:
@@ -72,6 +72,28 @@ def descendants(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
         if any(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return found
+
+
+def exits(gm: fx.GraphModule, names: Iterable[str]) -> list[str]:
+    """What is read elsewhere of the named nodes and of all between them: everything computed from them goes through it.
+
+    ```
+    a ── x ── b ── c      exits of a and b: x and b
+         └── d
+    ```
+    """
+    named = list(names)
+    inside = descendants(gm, named) & ancestors(gm, named)
+    return [
+        node.name
+        for node in gm.graph.nodes
+        if node.name in inside and any(user.name not in inside for user in node.users)
+    ]
+
+
+def is_returned(gm: fx.GraphModule, names: Collection[str]) -> bool:
+    """Whether one of the named nodes is an output of the graph."""
+    return any(source.name in names for source in gm.graph.output_node().all_input_nodes)
 
 
 def reached(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> dict[fx.Node, None]:

@@ -12,11 +12,11 @@ from fxprune.calibration.augment import augmentable
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.discovery.dominance import Dominance, flow_nodes
 from fxprune.graph.call import Inputs
-from fxprune.graph.extract import ancestors, between, descendants
+from fxprune.graph.extract import ancestors, between, descendants, exits, is_returned
 from fxprune.graph.operators import mutated_input, shape_of
 from fxprune.graph.regions import Region, every_call
 from fxprune.passes import FoldBatchNorm
-from fxprune.recovery.features import FeatureReader, copied, feature_loss, mean_error, surviving_tap
+from fxprune.recovery.features import FeatureReader, copied, exit_of, feature_loss, mean_error, surviving_tap
 from fxprune.recovery.original import Original
 
 __all__ = ["Comparison", "Pair", "compare_whole"]
@@ -138,8 +138,9 @@ class Pair:
             the tap is another, for then anything may be trained.
         junctions: Values behind a cut that all paths from a change go through and that branches leave from: those of
             residual streams, mostly. Not those before it, which adaptors are there to change.
-        near: Those of the junctions up to the first that all paths from all changes go through; none where there is no
-            such junction.
+        near: Those of the junctions up to the first that all paths from all changes go through, in the student's names.
+            Where there is none and the tap is what the network returns, which may be large and far behind the cuts:
+            what is read elsewhere of all that lies between changes and cuts.
     """
 
     def __init__(
@@ -160,6 +161,12 @@ class Pair:
         self.frontier = [name for name in nodes if name in needed and name in known]
         behind = descendants(student, readers) & before
         self.junctions, self.near = self._junctions(flow, changes, behind)
+        self._regions = regions
+        if not self.near and is_returned(original.graph, original.tap):
+            cuts = [node.name for node in bypasses]
+            self.near = tuple(
+                exits(student, [name for name in (*operators, *cuts) if name in before & flow.keys()])
+            )
 
     def _junctions(
         self, flow: dict[str, fx.Node], changes: Sequence[str], behind: set[str]
@@ -200,7 +207,7 @@ class Pair:
         """Compares from the frontier to the near junctions: a small part of the network, right behind the cuts."""
         if not self.near:
             return None
-        groups = [((name,), (name,)) for name in self.near]
+        groups = [((exit_of(self._regions, name),), (name,)) for name in self.near]
         weights = [1 / len(groups)] * len(groups)
         return _between(self._original, self._student, self.frontier, groups, weights, scaled=True)
 

@@ -15,7 +15,18 @@ from fxprune.graph.extract import between
 from fxprune.graph.regions import Region, every_call
 from fxprune.passes import FoldBatchNorm
 
-__all__ = ["FeatureReader", "copied", "feature_loss", "mean_error", "mean_feature_loss", "surviving_tap"]
+__all__ = [
+    "FeatureReader",
+    "copied",
+    "exit_of",
+    "feature_loss",
+    "mean_error",
+    "mean_feature_loss",
+    "relative_loss",
+    "surviving_tap",
+]
+
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, ...]:
@@ -28,6 +39,14 @@ def surviving_tap(tap: Sequence[str], regions: Sequence[Region]) -> tuple[str, .
         return name
 
     return tuple(follow(name) for name in tap)
+
+
+def exit_of(regions: Sequence[Region], name: str) -> str:
+    """The node whose value in the original a node has to take over once some regions are dropped: itself, mostly."""
+    exits = {region.bypass: region.exit for region in every_call(regions)}
+    while name in exits:
+        name = exits[name]
+    return name
 
 
 class FeatureReader:
@@ -79,6 +98,12 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     """Mean squared error over all elements of all features, in float32 or wider."""
     errors = [nn.functional.mse_loss(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)]
     return torch.stack(errors).sum() / sum(t.numel() for t in teacher)
+
+
+def relative_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The mean of the features' squared errors, each relative to the variance of the teacher's."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([nn.functional.mse_loss(s, t) / t.var().clamp_min(_LEAST) for s, t in pairs]).mean()
 
 
 def mean_feature_loss(

@@ -3,7 +3,8 @@
 The original runs once over the calibration images; a candidate begins at its *frontier*, the unchanged values that its
 changed part reads. Its PRE adaptors start from a closed-form solution, and a short fit of all its adaptors follows. In
 its first half that compares at the *waist*, the first value behind all changes that everything goes through: it costs
-less, for it runs a part of the network, and leads closer, for it has less between itself and its target.
+less, for it runs a part of the network, and leads closer, for it has less between itself and its target. Where the tap
+is what the network returns, as of one for segmentation, all steps compare right behind the changes.
 
 A set of regions whose parts were fitted before begins where those ended: at the sum of what their adaptors change.
 """
@@ -26,7 +27,7 @@ from fxprune.options import FitSettings
 from fxprune.placement.dense import OperatorIndex
 from fxprune.processes.threads import using_threads
 from fxprune.recovery.adaptors import AdaptorFit, Candidate, adaptor_weights
-from fxprune.recovery.features import feature_loss
+from fxprune.recovery.features import feature_loss, relative_loss
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import optimise
 from fxprune.scoring.activations import Activations, bytes_per_image
@@ -136,7 +137,7 @@ class CachedScorer:
         for regions in sets:
             part = self._part(regions)  # one at a time: each has folded weights of its own
             names.update(dict.fromkeys(part.values))
-            waists.update(() if part.waist is None else (part.waist,))
+            waists.update(part.waist)
         self._waists = self._waists or frozenset(waists)
         self._activations(tuple(names))
 
@@ -179,10 +180,11 @@ class CachedScorer:
                     order = torch.randperm(cache.images, generator=generator)
                 chosen, order = order[:batch].to(self._device), order[batch:]
                 part, ends = work.part, self._tap
-                if work.waist is not None and iteration < self._at_waist * settings.iterations:
-                    part, ends = work.to_waist, (work.waist,)
+                if work.far or (work.waist and iteration < self._at_waist * settings.iterations):
+                    part, ends = work.to_waist, work.waist
                 features = part(*(cache.select(name, chosen) for name in work.frontier))
-                yield feature_loss(features, [cache.select(name, chosen) for name in ends])
+                wanted = [cache.select(name, chosen) for name in ends]
+                yield relative_loss(features, wanted) if work.far else feature_loss(features, wanted)
 
         title = ", ".join(dict.fromkeys(region.label for region in work.candidate.regions))
         for parameter in parameters:

@@ -8,12 +8,12 @@ from torch import fx
 
 from fxprune.calibration.rows import Rows
 from fxprune.discovery.dominance import Dominance, flow_nodes
-from fxprune.graph.extract import ancestors, between, descendants
-from fxprune.graph.regions import Side
+from fxprune.graph.extract import ancestors, between, descendants, exits, is_returned
+from fxprune.graph.regions import Side, every_call
 from fxprune.passes import FoldBatchNorm
 from fxprune.placement.dense import OperatorIndex
-from fxprune.recovery.adaptors import Candidate
-from fxprune.recovery.features import feature_loss
+from fxprune.recovery.adaptors import Candidate, adaptor_weights
+from fxprune.recovery.features import exit_of, feature_loss
 from fxprune.scoring.activations import Activations, bytes_of
 
 __all__ = ["ChangedPart"]
@@ -35,7 +35,11 @@ class ChangedPart:
         part: From the frontier to the tap, with the frozen batch norms folded, for each would cost two passes over its
             feature maps at every step.
         waist: The first value behind all adaptors and cuts that everything they change goes through on its way to the
-            tap, and that is among `waists` or no larger than the frontier's, if that is not the tap itself.
+            tap, and that is among `waists` or no larger than the frontier's, if that is not the tap itself; empty where
+            there is none. The names are those of the original, which has a region's exit where the candidate has its
+            bypass.
+        far: Whether the waist is another one, because the tap is what the network returns, which may be large and far
+            behind the cuts: all values that are read elsewhere of what lies between adaptors and cuts.
         to_waist: From the frontier to the waist, with the same adaptors; `part` where there is no waist.
         targets: Name of the node that each PRE operator read in the original, by operator.
     """
@@ -59,13 +63,17 @@ class ChangedPart:
         needed = ancestors(candidate.graph, candidate.tap, known)
         self.frontier = [name for name in nodes if name in known and name in needed]
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
+        given = waists
         if not waists:
             largest = max((bytes_of(nodes[name]) for name in self.frontier), default=0)
             waists = {name for name in rows if bytes_of(flow[name]) <= largest}
-        self.waist = _waist(self.part, candidate, sources, waists)
+        waist = _several(self.part, candidate, given or rows.keys()) if is_returned(gm, candidate.tap) else {}
+        self.far = bool(waist)
+        waist = waist or _waist(self.part, candidate, sources, waists)
+        self.waist = tuple(waist.values())
         self.to_waist = self.part
-        if self.waist is not None:
-            self.to_waist = between(candidate.graph, self.frontier, [self.waist])
+        if waist:
+            self.to_waist = between(candidate.graph, self.frontier, list(waist))
             FoldBatchNorm()(self.to_waist)
         FoldBatchNorm()(self.part)
         gone = {n for r in candidate.regions for n in r.body if n not in nodes and n != r.exit}
@@ -77,8 +85,7 @@ class ChangedPart:
     @property
     def values(self) -> tuple[str, ...]:
         """Names of the original's values that fitting needs, those at the tap apart."""
-        waist = () if self.waist is None else (self.waist,)
-        return (*self.frontier, *self.targets.values(), *waist)
+        return (*self.frontier, *self.targets.values(), *self.waist)
 
     def loss(self, cache: Activations, tap: Sequence[str], images: int) -> float:
         """Mean squared error at the tap over the first cached images, few at a time: others may be at work beside."""
@@ -93,16 +100,30 @@ class ChangedPart:
 
 def _waist(
     part: fx.GraphModule, candidate: Candidate, sources: Sequence[str], allowed: Collection[str]
-) -> str | None:
-    """See `ChangedPart.waist`; where a cut reaches the tap there is none."""
+) -> dict[str, str]:
+    """The one value of `ChangedPart.waist`, in both graphs' names; where a cut reaches the tap there is none."""
     if any(region.bypass in candidate.tap for region in candidate.regions):
-        return None
+        return {}
     flow = flow_nodes(part)
     dominance = Dominance(flow)
     changes = [name for name in sources if name in flow]
     for name in flow:
         if name in candidate.tap:
-            return None
+            return {}
         if name in allowed and all(dominance.post_dominates(name, change) for change in changes):
-            return name
-    return None
+            return {name: name}
+    return {}
+
+
+def _several(part: fx.GraphModule, candidate: Candidate, allowed: Collection[str]) -> dict[str, str]:
+    """The values of `ChangedPart.waist` where they may be several; none where an adaptor would not be seen there."""
+    nodes = {node.name: node for node in part.graph.nodes}
+    adaptors = [name for name in candidate.adaptor_nodes() if name in nodes]
+    # in the original nothing is called as an adaptor is: whoever reads one stands for it
+    readers = [user.name for name in adaptors for user in nodes[name].users if user.op != "output"]
+    bypasses = [region.bypass for region in every_call(candidate.regions) if region.bypass in nodes]
+    names = {name: exit_of(candidate.regions, name) for name in exits(part, [*adaptors, *readers, *bypasses])}
+    found = {name: original for name, original in names.items() if original in allowed}
+    inputs = [node.name for node in part.graph.find_nodes(op="placeholder")]
+    seen = adaptor_weights(between(part, inputs, list(found)))
+    return found if set(seen) == set(adaptor_weights(part)) else {}
