@@ -21,6 +21,7 @@ from fxprune.errors import OptionError, TraceError
 from fxprune.graph.shapes import propagate_shapes, unfit
 from fxprune.options import FrontEnd
 from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
+from fxprune.tracing.modules import restore_modules
 from fxprune.tracing.mutation import show_mutation
 from fxprune.tracing.unwrap import inner, unwrapped
 from fxprune.validation import listed
@@ -257,6 +258,7 @@ def _finish(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     to_evaluation(gm)
     if args or kwargs:
         propagate_shapes(gm, args, kwargs)
+    restore_modules(gm)
     show_mutation(gm)
     return gm
 
