@@ -26,6 +26,7 @@ __all__ = [
     "POOLS",
     "VIEWS",
     "function_name",
+    "has_word",
     "is_torchs_own",
     "module_name",
     "works_in_place",
@@ -151,6 +152,11 @@ def module_name(module: nn.Module) -> str:
             return "norm_activation" if active else name
         break
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def has_word(module: nn.Module) -> bool:
+    """Whether there is a word for what a module does, rather than its type's name."""
+    return "." not in module_name(module)
 
 
 @lru_cache(maxsize=4096)
