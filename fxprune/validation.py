@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from fxprune.errors import OptionError
 
-__all__ = ["TORCH_PRUNING", "is_number", "is_whole", "listed", "one_of", "require"]
+__all__ = ["TORCH_PRUNING", "is_number", "is_whole", "listed", "one_of", "require", "shortened"]
 
 TORCH_PRUNING = {
     "ignored_layers": "ignore",
@@ -52,3 +52,9 @@ def one_of(name: str, value: object, choices: object) -> tuple[str, bool, str]:
 def listed(choices: object) -> str:
     """The choices of a `Literal`, as advice."""
     return f"choose from {', '.join(get_args(choices))}"
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -271,6 +271,29 @@ def test_a_network_that_fixes_its_own_batch_size_is_traced_with_it() -> None:
     assert has_shapes(gm)
 
 
+class Keeps(nn.Module):
+    """Keeps a grid once it is made, as detectors keep their anchors."""
+
+    grid: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.ones_like(x[:1])
+        return self.conv(x) + self.grid
+
+
+@torch.no_grad()
+def test_what_a_forward_keeps_while_it_is_traced_does_not_reach_the_check() -> None:
+    net = Keeps().double()
+    gm = fxprune.trace(net, image_batch())
+    assert net.grid is None
+    assert torch.equal(gm(image_batch(5)), net(image_batch(5)))
+
+
 class Gathers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ method, or an ATen operator from `torch.export`; the words are in `fxprune.graph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +18,7 @@ from fxprune.graph import vocabulary
 __all__ = [
     "MUTATES",
     "argument",
+    "arguments",
     "fixed_interval",
     "is_dense",
     "is_elementwise",
@@ -105,6 +106,12 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default
+
+
+def arguments(gm: fx.GraphModule, node: fx.Node) -> Mapping[str, Any]:
+    """All arguments of a function by name, defaults filled in; none where torch does not know its signature."""
+    normalised = node.normalized_arguments(gm, normalize_to_only_use_kwargs=True)
+    return {} if normalised is None else normalised.kwargs
 
 
 def is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "ACTIVATIONS",
     "ALIASES",
     "AVERAGE_POOLS",
+    "BATCH_NORM_FUNCTIONS",
     "CONVOLUTIONS",
     "DENSE",
     "LAYOUT",
@@ -25,6 +26,7 @@ __all__ = [
     "POOLS",
     "VIEWS",
     "function_name",
+    "has_word",
     "is_torchs_own",
     "module_name",
     "works_in_place",
@@ -75,6 +77,13 @@ ALIASES = {alias: name for name, aliases in _OTHER_NAMES.items() for alias in al
 INPLACE_FUNCTIONS = frozenset(
     {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ior}
 )
+BATCH_NORM_FUNCTIONS = frozenset(
+    {
+        "batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+        "_batch_norm_no_update",
+    }
+)  # fmt: skip
+"""Functions that normalise by running statistics unless they are told to train; most return several tensors."""
 NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "local_response_norm"})
 ACTIVATIONS = frozenset(
     {
@@ -143,6 +152,11 @@ def module_name(module: nn.Module) -> str:
             return "norm_activation" if active else name
         break
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def has_word(module: nn.Module) -> bool:
+    """Whether there is a word for what a module does, rather than its type's name."""
+    return "." not in module_name(module)
 
 
 @lru_cache(maxsize=4096)

@@ -32,6 +32,7 @@ from fxprune.errors import (
 from fxprune.files import check_writable
 from fxprune.graph.call import input_names
 from fxprune.graph.extract import ancestors
+from fxprune.graph.opaque import opaque_note, opaque_parts
 from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.judging.answers import alike, answers, entropy
@@ -52,7 +53,7 @@ from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
-from fxprune.tracing.trace import trace
+from fxprune.tracing.trace import traced
 from fxprune.tracing.unwrap import inner, unwrapped
 
 __all__ = ["make_job", "make_scorer", "open_job"]
@@ -116,13 +117,13 @@ def make_job(
         labels = None
         if options.labels is not None:
             labels = LabelledImages(options.labels, images, options, input_names(model))
-        graph = _capture(network, images, str(options.device), options.front_end)
+        graph, notes = _capture(network, images, str(options.device), options.front_end)
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
         whole = options.submodule is None or options.tap is not None
         tap = find_tap(graph, options.tap) if whole else output_tap(graph)
         discovery = _discover(graph, tap, options)
-        spread, notes = _spread(graph, images, options)
+        spread, look_alike = _spread(graph, images, options)
         held_back = None
         if images.size >= _ENOUGH_TO_HOLD_BACK or options.min_agreement is not None:
             held_back, images = images.split(_HELD_BACK, options.seed)
@@ -144,7 +145,7 @@ def make_job(
         discovery,
         held_back,
         spread,
-        notes,
+        (*notes, *look_alike),
         judge,
         judged,
         scorer,
@@ -237,26 +238,31 @@ def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, An
     return captured, inner(model.get_submodule(options.submodule))
 
 
-def _capture(model: Any, images: CalibrationSet, device: str, front_end: FrontEnd) -> fx.GraphModule:
-    """A private copy of the network with shapes on every node: the only place where the caller's model is read."""
+def _capture(
+    model: Any, images: CalibrationSet, device: str, front_end: FrontEnd
+) -> tuple[fx.GraphModule, list[str]]:
+    """A private copy of the network with shapes on every node, and notes: only here is the caller's model read."""
     example = images.example(2)
     _check_type(model, images)
-    as_it_is = isinstance(model, fx.GraphModule) and front_end != "export"
-    inputs = None if as_it_is else example.to(_device(None, model)).given
     try:
-        traced = trace(model, inputs, front_end=front_end)
-        _check_finite(traced)
-        Prepare()(traced)
-        traced.to(device)
+        graph, note = traced(model, example.to(_device(None, model)).given, front_end)
+        _check_finite(graph)
+        Prepare()(graph)
+        graph.to(device)
         placed = example.to(device)
-        propagate_shapes(traced, placed.args, placed.kwargs)
+        propagate_shapes(graph, placed.args, placed.kwargs)
     except GraphError as error:
         shapes = [tuple(t.shape) for t in images.inputs.tensors()]
         raise CalibrationError(
             f"the network does not accept the calibration images of shape {shapes}: {error}. If it is to be called "
             "otherwise, pass input_fn=, from a batch to its arguments"
         ) from error
-    return traced
+    return graph, [*([] if note is None else [note]), *_opaque(graph)]
+
+
+def _opaque(graph: fx.GraphModule) -> list[str]:
+    parts = opaque_parts(graph)
+    return [opaque_note(parts)] if parts else []
 
 
 def _check_finite(graph: fx.GraphModule) -> None:
@@ -293,7 +299,7 @@ def _discover(graph: fx.GraphModule, tap: Sequence[str], options: Options) -> Di
             refused[_LISTED:] = [f"  and {len(refused) - _LISTED} more"]
         raise NoRegionError(
             "no region of this network can be dropped. Candidates refused:\n"
-            + "\n".join(refused or ["  there is no join at all"])
+            + "\n".join([*(refused or ["  there is no join at all"]), *_opaque(graph)])
             + "\nkinds=('identity', 'projection', 'sequential') would look for more kinds"
         )
     most = len(largest_plan(found.regions))

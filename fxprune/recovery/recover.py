@@ -22,6 +22,7 @@ from fxprune.recovery.fidelity import Fidelities, fidelity
 from fxprune.recovery.mimicking import ON_ALL, Mimicking, mimic
 from fxprune.recovery.original import Original
 from fxprune.recovery.training import fixed_norms, trainable_parameters
+from fxprune.validation import shortened
 
 __all__ = ["Recovered", "cut_and_fold", "recover"]
 
@@ -195,6 +196,9 @@ def _next_smaller(settings: FitSettings, rate: float) -> float:
 def _norms_that_stay(part: fx.GraphModule, settings: FitSettings) -> list[str]:
     """What the user should know about batch norms that cannot follow the settings."""
     fixed = fixed_norms(part) if settings.batch_norm != "eval" else []
-    return (
-        [f"batch norms of the exported graph stayed in evaluation mode: {', '.join(fixed)}"] if fixed else []
-    )
+    if not fixed:
+        return []
+    return [
+        "batch norms that no module holds kept their running statistics while the network mimicked, which costs "
+        f"accuracy: {shortened(fixed)}"
+    ]

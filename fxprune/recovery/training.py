@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from fxprune.calibration.augment import augmentation
 from fxprune.errors import CalibrationError
-from fxprune.graph.operators import op_name
+from fxprune.graph.operators import arguments
+from fxprune.graph.vocabulary import BATCH_NORM_FUNCTIONS, function_name
 from fxprune.options import FitSettings
 from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
 from fxprune.recovery.comparison import Comparison
@@ -64,9 +65,13 @@ def adaptable_norms(part: fx.GraphModule) -> list[_BatchNorm]:
 
 
 def fixed_norms(part: fx.GraphModule) -> list[str]:
-    """Nodes of batch norms that keep their running statistics whatever the mode: those of exported graphs."""
-    functions = part.graph.nodes
-    return [n.name for n in functions if n.op == "call_function" and op_name(part, n) == "batch_norm"]
+    """Nodes of batch norms that keep their running statistics whatever the mode: functions outside of modules."""
+    functions = (
+        n
+        for n in part.graph.nodes
+        if n.op == "call_function" and function_name(n.target) in BATCH_NORM_FUNCTIONS
+    )
+    return [n.name for n in functions if not arguments(part, n).get("training")]
 
 
 @contextmanager

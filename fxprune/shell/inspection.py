@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
+from fxprune.graph.opaque import opaque_parts
 from fxprune.graph.regions import Discovery, Region
 from fxprune.measurements import LatencyComparison
 from fxprune.reports.tables import render
@@ -17,7 +18,7 @@ __all__ = ["comparison", "comparison_table", "describe", "tables"]
 
 
 def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
-    """What was found, ready for JSON: `counts` by kind, `regions`, `rejections`, parameters in all."""
+    """What was found, ready for JSON: `counts` by kind, `regions`, `rejections`, `opaque`, parameters in all."""
     nodes = {node.name: node for node in gm.graph.nodes}
     users = _parameter_users(gm)
     return {
@@ -39,6 +40,7 @@ def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
             {"label": r.label, "reason": r.reason.value, "detail": r.detail, "nodes": list(r.nodes)}
             for r in found.rejections
         ],
+        "opaque": [asdict(part) for part in opaque_parts(gm)],
     }
 
 
@@ -86,6 +88,14 @@ def tables(data: dict[str, Any]) -> str:
     if data["rejections"]:
         rows = [(item["label"] or "-", item["reason"], item["detail"]) for item in data["rejections"]]
         parts.append(f"{len(rows)} candidates refused\n" + render(("candidate", "reason", "detail"), rows))
+    if data["opaque"]:
+        hidden = [
+            (p["path"], p["kind"], p["parameters"], f"{100 * p['share']:.1f} %") for p in data["opaque"]
+        ]
+        parts.append(
+            f"nothing can be cut inside {len(hidden)} opaque modules\n"
+            + render(("module", "type", "parameters", "share"), hidden)
+        )
     return "\n\n".join(parts)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell.arguments import FORMS, MOST_VALUES
+from fxprune.validation import shortened
 
 __all__ = ["load_model", "load_weights", "onnx_inputs"]
 
@@ -154,7 +155,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if missing or unexpected or unfit:
         raise SourceError(
             f"The checkpoint {path} does not fit the network: "
-            + "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in lists if keys)
+            + "; ".join(f"{len(keys)} {what}: {shortened(keys, _LISTED)}" for what, keys in lists if keys)
             + ". For a network with other classes or layers, give it as path/to/file.py:factory."
         )
     model.load_state_dict(state, strict=False)
@@ -176,11 +177,6 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()})
     return state
-
-
-def _some(keys: Sequence[str]) -> str:
-    rest = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + rest
 
 
 def onnx_inputs(

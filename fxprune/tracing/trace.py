@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import fx, nn
@@ -18,14 +19,18 @@ from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
 from fxprune.errors import OptionError, TraceError
+from fxprune.graph.opaque import OpaquePart, opaque_note, opaque_parts
 from fxprune.graph.shapes import propagate_shapes, unfit
 from fxprune.options import FrontEnd
 from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
+from fxprune.tracing.modules import restore_modules
 from fxprune.tracing.mutation import show_mutation
 from fxprune.tracing.unwrap import inner, unwrapped
 from fxprune.validation import listed
 
-__all__ = ["split_inputs", "trace"]
+__all__ = ["Traced", "split_inputs", "trace", "traced"]
+
+logger = logging.getLogger(__name__)
 
 TORCH_ROOT = str(Path(torch.__file__).parent)
 
@@ -114,9 +119,11 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )
     shapes = dict(inspect.signature(model.forward).bind(*spec[0], **spec[1]).arguments)
     try:
-        program = torch.export.export(model, doubled_args, doubled_kwargs, dynamic_shapes=shapes)
+        program = torch.export.export(
+            evaluation_copy(model), doubled_args, doubled_kwargs, dynamic_shapes=shapes
+        )
     except Exception:  # a network that fixes its batch size still traces, with that size
-        program = torch.export.export(model, args, kwargs)
+        program = torch.export.export(evaluation_copy(model), args, kwargs)
     gm = program.module(check_guards=False)
     # where the code branches on the batch size, the constraint tells up to where; infinity is no such bound
     most = max((int(r.upper) for r in program.range_constraints.values() if r.upper < 1024), default=0)
@@ -203,11 +210,14 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     lines = [f"{type(model).__name__} cannot be traced:"]
     for front_end, error in failures.items():
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        lines.append(f"  torch.{front_end}: {reason}\n    at {_user_statement(error.__traceback__)}")
+        lines.append(f"  torch.{front_end}: {_reason(error)}\n    at {_user_statement(error.__traceback__)}")
     lines.append(
         "Rewrite that statement without control flow on tensor values, mark the function with torch.fx.wrap, or "
         "compress a part of the model with submodule='path.of.a.traceable.part'."
@@ -215,7 +225,13 @@ def _refuse(model: nn.Module, failures: dict[str, BaseException]) -> TraceError:
     return TraceError("\n".join(lines))
 
 
-@torch.inference_mode(False)
+class Traced(NamedTuple):
+    """A graph, and why it is not that of the front end that comes first, None where it is."""
+
+    graph: fx.GraphModule
+    note: str | None = None
+
+
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
@@ -231,7 +247,8 @@ def trace(
             program.
         example_inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments); dimension 0 is the
             batch. Without them an FX trace has no shapes, and discovery will ask for them.
-        front_end: `fx` traces symbolically, `export` uses `torch.export`, `auto` tries them in this order.
+        front_end: `fx` traces symbolically, and takes graph modules as they are; `export` uses `torch.export`; `auto`
+            tries them in this order, and if modules stay opaque takes the one that hides fewer parameters.
 
     Returns:
         A graph module in evaluation mode.
@@ -242,46 +259,77 @@ def trace(
             is random, TorchScript, or not initialised, or `torch.autocast` is on.
         GraphError: The network does not run on the example inputs.
     """
+    return traced(model, example_inputs, front_end).graph
+
+
+@torch.inference_mode(False)
+def traced(model: Any, example_inputs: Any, front_end: FrontEnd) -> Traced:
+    """As `trace`, which documents it, with a note for the user."""
     if front_end not in get_args(FrontEnd):
         raise OptionError(f"front_end is {front_end!r}; {listed(FrontEnd)}")
-    model = unwrapped(model)
-    args, kwargs = split_inputs(example_inputs)
-    if isinstance(model, torch.export.ExportedProgram):
-        return _finish(copy.deepcopy(model.module(check_guards=False)), args, kwargs)
-    if isinstance(model, fx.GraphModule) and front_end != "export":
-        return _finish(copy.deepcopy(model), args, kwargs)
-    return _capture(model, args, kwargs, front_end)
+    made: list[tuple[str, fx.GraphModule, tuple[OpaquePart, ...]]] = []
+    for name, graph in _graphs(unwrapped(model), *split_inputs(example_inputs), front_end):
+        made.append((name, graph, opaque_parts(graph)))
+        if not made[-1][2]:
+            break
+    first, _, hidden = made[0]
+    taken, graph, _ = min(made, key=lambda one: (sum(part.parameters for part in one[2]), len(one[2])))
+    if taken == first:
+        return Traced(graph)
+    note = f"the graph is that of {taken}, for in that of {first} {opaque_note(hidden)}"
+    logger.info("%s", note)
+    return Traced(graph, note)
 
 
 def _finish(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     to_evaluation(gm)
     if args or kwargs:
         propagate_shapes(gm, args, kwargs)
+    restore_modules(gm)
     show_mutation(gm)
     return gm
 
 
-def _capture(
+def _graphs(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], front_end: FrontEnd
-) -> fx.GraphModule:
+) -> Iterator[tuple[str, fx.GraphModule]]:
+    """A model's graphs, each with where it comes from, in the order in which they are to be preferred; at least one."""
+    if isinstance(model, torch.export.ExportedProgram):
+        yield "the program", _finish(copy.deepcopy(model.module(check_guards=False)), args, kwargs)
+        return
     if not isinstance(model, nn.Module):
         raise TraceError(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
         )
+    done = set[str]()
+    if isinstance(model, fx.GraphModule) and front_end != "export":
+        yield "the module itself", _finish(copy.deepcopy(model), args, kwargs)
+        done.add("given")
+        if front_end == "fx":
+            return
+    # each front end has a copy of it, for what a forward keeps while it is traced holds fake tensors afterwards
     private = evaluation_copy(model)
     for part in list(private.modules()):
         part._modules.update({name: inner(child) for name, child in part._modules.items()})
     failures: dict[str, BaseException] = {}
     routes: list[tuple[str, Callable[[], fx.GraphModule]]] = [
-        ("fx", lambda: _symbolic(private, args, kwargs, blocks=False)),
-        ("fx", lambda: _symbolic(private, args, kwargs, blocks=True)),
+        ("fx", lambda: _symbolic(evaluation_copy(private), args, kwargs, blocks=False)),
+        ("fx", lambda: _symbolic(evaluation_copy(private), args, kwargs, blocks=True)),
         ("export", lambda: _exported(private, args, kwargs)),
     ]
     for name, route in routes:
-        if front_end in ("auto", name):
-            try:
-                return _check_same_function(private, _finish(route(), args, kwargs), args, kwargs)
-            except Exception as error:  # any failure of a front end is a refusal to report
-                failures[name] = error
-    _check_runs(private, args, kwargs)
-    raise _refuse(model, failures) from next(iter(failures.values()))
+        if front_end not in ("auto", name) or name in done:
+            continue
+        try:
+            graph = _check_same_function(private, _finish(route(), args, kwargs), args, kwargs)
+        except Exception as error:  # any failure of a front end is a refusal to report
+            failures[name] = error
+            continue
+        done.add(name)
+        yield f"torch.{name}", graph
+    if not done:
+        _check_runs(private, args, kwargs)
+        raise _refuse(model, failures) from next(iter(failures.values()))
+    for name, failure in failures.items():
+        if name not in done:
+            logger.info("torch.%s was tried too, and failed: %s", name, _reason(failure))
