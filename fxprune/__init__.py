@@ -12,7 +12,7 @@ from fxprune._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fxprune import passes
-    from fxprune.api import compress, export_onnx, measure, report, sweep
+    from fxprune.api import compress, export_onnx, load, measure, report, save, sweep
     from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
     from fxprune.tracing.trace import trace
@@ -22,9 +22,11 @@ __all__ = [
     "compress",
     "discover",
     "export_onnx",
+    "load",
     "measure",
     "passes",
     "report",
+    "save",
     "sweep",
     "trace",
 ]
@@ -34,8 +36,10 @@ _HOME = {
     "compress": "fxprune.api",
     "discover": "fxprune.discovery.discovery",
     "export_onnx": "fxprune.api",
+    "load": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",
+    "save": "fxprune.api",
     "sweep": "fxprune.api",
     "trace": "fxprune.tracing.trace",
 }

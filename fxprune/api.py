@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, fx, nn
 
+from fxprune.artifacts.loading import load_network
+from fxprune.artifacts.recipe import ORIGIN
+from fxprune.artifacts.saving import save_network
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
+from fxprune.graph.examples import example_for
 from fxprune.measurements import LatencyComparison
 from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
-from fxprune.pipeline.closing import EXAMPLE, REPORT, close, close_sweep
+from fxprune.pipeline.closing import close, close_sweep
 from fxprune.pipeline.opening import open_job
+from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
-from fxprune.reports.compression import CompressionReport
+from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from typing_extensions import Unpack
 
-__all__ = ["compress", "export_onnx", "measure", "report", "sweep"]
+__all__ = ["compress", "export_onnx", "load", "measure", "report", "save", "sweep"]
 
 
 @overload
@@ -68,7 +73,7 @@ def compress(
     Args:
         model: The network, a traced graph of it, or an exported program; it is not changed.
         loader: The calibration images: a tensor `[N, C, H, W]`, a dataset, a data loader or any iterable of batches.
-        k: How many regions to cut; alternatively give `target_speedup`, `target_latency_ms` or `regions`.
+        k: How many regions to cut; alternatively give `target_speedup`, `target_latency_ms`, `regions` or `plan`.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole.
         evaluate: Called with a copy of the original, before any long work, and of the compressed network; returns a
             number, such as an accuracy. The report holds both.
@@ -76,8 +81,9 @@ def compress(
 
     Returns:
         A new graph module, in evaluation mode; with `submodule`, a copy of the whole model that holds it.
-        `fxprune.report` tells what was done. With `out`, the folder holds `model.pt2`, `model.safetensors`, with
-        `onnx` also `model.onnx` and `original.onnx`, and at last `report.json` with the SHA-256 of each.
+        `fxprune.report` tells what was done. With `out`, `fxprune.load` makes it again from the folder, which holds
+        `model.pt2`, `model.safetensors`, `plan.json`, with `onnx` also `model.onnx` and `original.onnx`, then
+        `report.json` with the SHA-256 of each, and at last `recipe.json`.
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.
@@ -92,7 +98,7 @@ def compress(
     options = Options.of(k, submodule, **settings)
     options.require_goal()
     with open_job(model, loader, options, evaluate) as job:
-        plan = as_asked(job) if options.regions else choose(job, score(job))
+        plan = as_asked(job) if options.regions or options.plan else choose(job, score(job))
         recovered, plan = repair(job, plan)
         return close(job, plan, recovered)
 
@@ -144,9 +150,60 @@ def report(gm: nn.Module) -> CompressionReport:
     if not isinstance(found, CompressionReport):
         raise GraphError(
             "this network carries no report: fxprune.compress attaches one to what it returns, and copies keep it; "
-            "pickling (torch.save of a whole network) loses it, out= keeps it as report.json"
+            "pickling (torch.save of a whole network) loses it, fxprune.save and out= keep it"
         )
     return found
+
+
+def save(network: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
+    """Keeps a compressed network, trained further or not, so that `load` makes it again; see `compress` for the files.
+
+    Args:
+        network: What `compress` (for a model that was compressed with `submodule`, its part) or `load` returned.
+        folder: Created if need be; a network that it holds already is replaced.
+
+    Raises:
+        GraphError: The network does not say what was cut from it.
+        ArtifactError: It cannot be captured by `torch.export`, or the folder cannot be written.
+        OutOfMemoryError: Memory ran out.
+    """
+    with memory_explained():
+        save_network(unwrapped(network), folder)
+
+
+@overload
+def load(folder: str | os.PathLike[str], factory: None = None) -> fx.GraphModule: ...
+@overload
+def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | nn.Module) -> nn.Module: ...
+def load(
+    folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | nn.Module | None = None
+) -> nn.Module:
+    """Makes a compressed network again, to be trained or run; `report` tells of it as before. Nothing is unpickled.
+
+    Args:
+        folder: Where `save`, or `compress` with `out`, put it.
+        factory: The original, with whatever weights, or a function that returns it; it is traced, cut by the plan, and
+            given the weights. Without it the graph comes from `model.pt2`.
+
+    Returns:
+        A graph module in evaluation mode, with the same outputs as the one that was saved. Of a part of a model, named
+        by `submodule` when it was compressed: with `factory` a copy of the whole model that holds it.
+
+    Raises:
+        ArtifactError: A file is missing, was changed, is newer or not provably harmless; the message names it.
+        PreconditionError: The model lacks a block that was cut.
+        TraceError: The model cannot be traced.
+        OutOfMemoryError: Memory ran out.
+    """
+    with memory_explained():
+        model = factory if factory is None or isinstance(factory, nn.Module) else factory()
+        graph = load_network(folder, None if model is None else unwrapped(model))
+        origin = graph.meta[ORIGIN]
+        if model is None or origin.submodule is None:
+            return graph
+        return replace_submodule(
+            model, origin.submodule, graph, example=example_for(graph, origin.plan.inputs)
+        )
 
 
 def export_onnx(
@@ -170,15 +227,24 @@ def export_onnx(
         raise OptionError("path is empty; it must name a file")
     model = unwrapped(model)
     if example_inputs is None:
-        example = getattr(model, "meta", {}).get(EXAMPLE)
-        if example is None:
-            raise OptionError(
-                "give example_inputs: this network knows none (torch.save of a whole network drops them)"
-            )
-        example_inputs = example.given
+        example_inputs = _known_inputs(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     with memory_explained():
         return _export(model, path, inputs, **settings)
+
+
+def _known_inputs(model: nn.Module) -> Any:
+    """Noise of the shapes that a result of `compress` takes."""
+    origin = getattr(model, "meta", {}).get(ORIGIN)
+    if origin is not None:
+        return example_for(model, origin.plan.inputs).given
+    part = any(isinstance(m, fx.GraphModule) and ORIGIN in m.meta for m in model.modules())
+    reason = (
+        "only the inputs of its compressed part are known, and not those of the whole model"
+        if part
+        else "this network knows none (torch.save of a whole network drops them)"
+    )
+    raise OptionError(f"give example_inputs: {reason}")
 
 
 def measure(

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 from fxprune.errors import OptionError
+from fxprune.plan import Plan
 from fxprune.recipes import RECIPES, FitSettings, Recipe, Selection, recipe_named
 from fxprune.validation import TORCH_PRUNING, is_number, is_whole, listed, one_of, require
 
@@ -79,6 +80,7 @@ class CompressSettings(Settings, total=False):
     target_speedup: float | None
     target_latency_ms: float | None
     regions: Iterable[str]
+    plan: str | os.PathLike[str] | Plan | None
     min_agreement: float | None
     onnx: bool
 
@@ -93,6 +95,8 @@ class Options:
         target_latency_ms: Alternatively, the latency to reach, in milliseconds.
         regions: Alternatively, labels of what to cut, as `fxprune.discover` and reports name it: exactly these go, and
             nothing is scored or timed to choose.
+        plan: Alternatively, the `plan.json` of an earlier compression: exactly its blocks go, if each is there, and of
+            the kind and shape that the plan says. `kinds` is then the plan's own.
         min_agreement: Least top-1 agreement with the original on held-back calibration images, before the last steps
             fit them, in [0, 1].
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
@@ -136,6 +140,7 @@ class Options:
     target_speedup: float | None = None
     target_latency_ms: float | None = None
     regions: tuple[str, ...] = ()
+    plan: Plan | None = None
     min_agreement: float | None = None
     recipe: Recipe = RECIPES["fast"]
     criterion: Criterion | Loss = "recovery"
@@ -181,6 +186,10 @@ class Options:
             given["ignore"] = (ignore,) if isinstance(ignore, str) or callable(ignore) else tuple(ignore)
         if "regions" in given:
             given["regions"] = _labels(given["regions"])
+        if given.get("plan") is not None:
+            plan = given["plan"]
+            given["plan"] = plan if isinstance(plan, Plan) else Plan.read(plan)
+            given["kinds"] = given["plan"].kinds
         if given.get("out") is not None:
             given["out"] = _path(given["out"])
         return cls(k=k, submodule=submodule, **given)
@@ -257,7 +266,7 @@ class Options:
         Raises:
             OptionError: None is set.
         """
-        if self.k is None and not self.has_target and not self.regions:
+        if all(getattr(self, name) in (None, ()) for name in _GOALS):
             raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not none of them")
 
     def filled(self, device: str, threads: int) -> Options:
@@ -275,14 +284,15 @@ class Options:
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "recipe": asdict(self.recipe),
             "criterion": _name_of(self.criterion),
+            "plan": None if self.plan is None else self.plan.to_dict(),
             "ignore": [_name_of(pattern) for pattern in self.ignore],
             "input_fn": None if self.input_fn is None else _name_of(self.input_fn),
             "labels": None if self.labels is None else _name_of(self.labels),
         }
 
 
-_GOALS = ("k", "target_speedup", "target_latency_ms", "regions")
-_GOALS_IN_WORDS = "k, target_speedup, target_latency_ms and regions"
+_GOALS = ("k", "target_speedup", "target_latency_ms", "regions", "plan")
+_GOALS_IN_WORDS = "k, target_speedup, target_latency_ms, regions and plan"
 
 
 def takes(settings: type) -> Callable[[Function], Function]:

@@ -14,9 +14,14 @@ from fxprune.graph import vocabulary
 from fxprune.graph.regions import Region, every_call
 from fxprune.passes.base import FxPass
 
-__all__ = ["DropRegions"]
+__all__ = ["DropRegions", "dropped_labels"]
 
 _DROPPED = "fxprune_dropped"
+
+
+def dropped_labels(gm: fx.GraphModule) -> frozenset[str]:
+    """Labels of the regions that were dropped from a graph."""
+    return frozenset(label for label, _ in gm.meta.get(_DROPPED, ()))
 
 
 class DropRegions(FxPass):

@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.errors import FxpruneError, GraphError
-from fxprune.graph.regions import AdaptorSite, Region
+from fxprune.discovery.discovery import discover
+from fxprune.discovery.planned import planned_regions
+from fxprune.errors import FxpruneError, GraphError, PreconditionError
+from fxprune.graph.examples import example_for
+from fxprune.graph.regions import AdaptorSite, Region, every_call
+from fxprune.graph.shapes import propagate_shapes
 from fxprune.passes.base import FxPass
 from fxprune.passes.canonicalize import Canonicalize
-from fxprune.passes.drop_regions import DropRegions
+from fxprune.passes.drop_regions import DropRegions, dropped_labels
 from fxprune.passes.fold_adaptors import FoldAdaptors
 from fxprune.passes.insert_adaptors import InsertAdaptors
 from fxprune.passes.store_weights import StoreWeights
+from fxprune.plan import Plan
 
 __all__ = ["Cut", "Prepare", "Sequential"]
 
@@ -62,19 +67,23 @@ class Cut(Sequential):
     Where all regions are gone already, nothing happens; where some are, it refuses: adaptors would fold in twice.
 
     Args:
-        regions: As for `DropRegions`; those of a plan are its `regions`.
+        regions: As for `DropRegions`; or a plan, whose blocks are looked for in the graph that the pass is given, after
+            whatever other passes have made of it. A graph without shapes gets those that the plan's inputs give it.
         maps: The adaptor of each site, as for `InsertAdaptors`; by default the cut stays bare.
         fold: Whether to fold them, or to leave them in place.
     """
 
     def __init__(
         self,
-        regions: Sequence[Region],
+        regions: Sequence[Region] | Plan,
         maps: Sequence[AdaptorSite] | Mapping[AdaptorSite, Tensor] = (),
         *,
         fold: bool = True,
     ) -> None:
-        self._drop, self._count = DropRegions(regions), len(regions)
+        known: Sequence[Region] = () if isinstance(regions, Plan) else regions
+        self._plan = regions if isinstance(regions, Plan) else None
+        self._drop, self._count = DropRegions(known), len(every_call(known))
+        self._maps, self._fold = maps, fold
         super().__init__(self._drop, InsertAdaptors(maps), *([FoldAdaptors()] if fold else []))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -87,6 +96,22 @@ class Cut(Sequential):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs all of them, once."""
+        if self._plan is not None:
+            regions = _regions_of(self._plan, graph_module)
+            return Cut(regions, self._maps, fold=self._fold)(graph_module)
         if not self._drop.pending(graph_module):
             return PassResult(graph_module, False)
         return super().call(graph_module)
+
+
+def _regions_of(plan: Plan, gm: fx.GraphModule) -> tuple[Region, ...]:
+    """The regions of a graph that a plan means; none where all of them were dropped already."""
+    if {cut.label for cut in plan.cuts} <= dropped_labels(gm):
+        return ()
+    try:
+        if any("tensor_meta" not in node.meta for node in gm.graph.nodes):
+            example = example_for(gm, plan.inputs)
+            propagate_shapes(gm, example.args, example.kwargs)
+        return planned_regions(plan, gm, discover(gm, kinds=plan.kinds))
+    except FxpruneError as error:
+        raise PreconditionError(f"Cut: {error}", nodes=error.nodes) from error

@@ -455,6 +455,15 @@ def test_named_regions_are_a_goal_of_their_own(traced, replace, photos, capsys) 
     assert "not allowed with argument" in capsys.readouterr().err
 
 
+def test_a_plan_is_a_goal_too(traced, replace, photos, capsys) -> None:
+    compress = replace("compress", traced.result)
+    replace("report", Report())
+    argv = ["compress", "m", "--data", str(photos), "--size", "8", "--no-progress", "--plan", "plan.json"]
+    assert cli.main(argv) == 0
+    assert compress.kwargs["plan"] == "plan.json" and "regions" not in compress.kwargs
+    assert cli.main([*argv, "--k", "1"]) == 2
+
+
 def test_sweep_hands_everything_on(traced, replace, photos, tmp_path, capsys) -> None:
     sweep = replace("sweep", Report())
     out = tmp_path / "out"

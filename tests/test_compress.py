@@ -27,6 +27,7 @@ from fxprune.errors import (
     OptionError,
     TraceError,
 )
+from fxprune.graph.examples import example_for
 from fxprune.graph.regions import Kind, Reason
 from fxprune.measurements import LatencyComparison
 from fxprune.passes import Adaptor, Canonicalize, DropRegions
@@ -307,14 +308,14 @@ def test_the_folder_holds_the_report(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "made" / "here" / "report.json").read_text())
     assert written["plan"]["chosen"] == list(fxprune.report(small).plan.chosen)
     assert {path.name for path in (tmp_path / "made" / "here").iterdir()} == {
-        *("report.json", "model.pt2", "model.safetensors", "scores")
+        *("model.pt2", "model.safetensors", "plan.json", "report.json", "recipe.json", "scores")
     }
 
 
 @pytest.mark.usefixtures("counted")
 def test_the_result_carries_none_of_the_images() -> None:
     small = compress(k=2)
-    example = small.meta["fxprune_example"]
+    example = example_for(small, small.meta["fxprune_origin"].plan.inputs)
     assert [tuple(t.shape) for t in example.tensors()] == [(2, 3, 8, 8)]
     kept = pytree.tree_leaves([small.meta, [node.meta for node in small.graph.nodes], small.state_dict()])
     kept += example.tensors()
@@ -404,7 +405,7 @@ def test_several_inputs_and_structured_outputs() -> None:
         ({"k": -1}, OptionError, "k is -1"),
         ({"k": 1.5}, OptionError, "whole number"),
         ({"k": True}, OptionError, "whole number"),
-        ({"k": None}, OptionError, "exactly one of k, target_speedup, target_latency_ms and regions"),
+        ({"k": None}, OptionError, "exactly one of k, target_speedup, target_latency_ms, regions and plan"),
         ({"target_speedup": 1.3}, OptionError, "exactly one"),
         ({"k": None, "target_speedup": 0.9}, OptionError, "above 1"),
         ({"k": None, "target_latency_ms": 0.0}, OptionError, "positive"),

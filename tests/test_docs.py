@@ -18,7 +18,12 @@ from benchmarks.common import options
 from fxprune.shell import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "writing_a_pass.md"]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "save_load_fine_tune.md",
+    ROOT / "docs" / "writing_a_pass.md",
+]
 NAMES = [path.name for path in DOCS]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]
 

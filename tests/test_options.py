@@ -17,6 +17,7 @@ import fxprune
 from fxprune.errors import OptionError
 from fxprune.measurements import LatencyComparison
 from fxprune.options import CompressSettings, Options, Settings
+from fxprune.plan import Plan, PlannedCut
 from fxprune.selection.planner import Planner
 from tests.doubles import brief, comparison
 from tests.tiny import images, tiny
@@ -25,6 +26,8 @@ from tests.tiny import images, tiny
 def brighter(batch: Tensor) -> Tensor:
     return batch * 1.5
 
+
+PLAN = Plan((PlannedCut("body.2", "identity", (8, 16, 16), ()),), ("identity",), None)
 
 # what a run asks for that differs in one field alone from `BASE`
 BASE: dict[str, Any] = {
@@ -39,6 +42,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "target_speedup": {"k": None, "target_speedup": 1.2},
     "target_latency_ms": {"k": None, "target_latency_ms": 25.0},
     "regions": {"k": None, "regions": ("body.0", "body.3")},
+    "plan": {"k": None, "plan": PLAN},
     "min_agreement": {"min_agreement": 0.0},
     "recipe": {"recipe": brief("practise", adaptor=2, mimic=1)},
     "criterion": {"criterion": "l2"},

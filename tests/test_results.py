@@ -17,15 +17,16 @@ from filelock import FileLock
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.artifacts import results
+from fxprune.artifacts.results import Results
 from fxprune.errors import ArtifactError, ExportError, OptionError, OutOfMemoryError
 from fxprune.export import artifact
-from fxprune.pipeline import closing, results, stages
-from fxprune.pipeline.results import Results
+from fxprune.pipeline import closing, stages
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK_FILES = {"model.pt2", "model.safetensors"}
+NETWORK_FILES = {"model.pt2", "model.safetensors", "plan.json"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def files(folder: Path) -> set[str]:
 def report_of(folder: Path) -> dict[str, Any]:
     """The report of a folder, which must tell the truth about every file beside it."""
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    assert files(folder) == {"report.json", *report["files"]}
+    assert files(folder) == {"report.json", "recipe.json", *report["files"]}
     for name, digest in report["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     return report

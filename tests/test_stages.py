@@ -13,14 +13,15 @@ import torch
 from torch import fx, nn
 
 import fxprune
+from fxprune.discovery.planned import regions_named
 from fxprune.errors import CalibrationError, DeviceError, GraphError, NoRegionError, OptionError
+from fxprune.graph.regions import Discovery
 from fxprune.measurements import CountComparison, LatencyComparison
 from fxprune.options import FitSettings
 from fxprune.pipeline import opening, stages, targets
 from fxprune.pipeline.job import StageTimes
 from fxprune.scoring.cached import CachedScorer
 from fxprune.selection.planner import Planner
-from fxprune.selection.plans import regions_named
 from tests.doubles import brief, comparison, count_latency
 from tests.tiny import BLOCKS, images, tiny
 
@@ -65,7 +66,7 @@ def ratio(small: nn.Module) -> float:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of k, target_speedup, target_latency_ms and regions, not none of them"),
+        ({}, "exactly one of k, target_speedup, target_latency_ms, regions and plan, not none of them"),
         ({"k": 1, "target_speedup": 1.2}, r"not \['k', 'target_speedup'\]"),
         ({"target_latency_ms": 1.0, "target_speedup": 1.2}, r"not \['target_speedup', 'target_latency_ms'\]"),
         ({"target_speedup": 0.9}, "target_speedup is 0.9; it must be above 1"),
@@ -213,7 +214,7 @@ def test_regions_that_overlap_are_refused() -> None:
     one = next(iter(fxprune.discover(fxprune.trace(tiny(), images(2))).regions))
     nested = replace(one, label="outer")
     with pytest.raises(OptionError, match=f"regions names {one.label} and outer, which overlap"):
-        regions_named(["outer", one.label], [one, nested], [])
+        regions_named(["outer", one.label], Discovery((one, nested), ()))
 
 
 def test_an_agreement_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

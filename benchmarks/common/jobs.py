@@ -12,13 +12,13 @@ import torch
 
 from benchmarks.common import data
 from benchmarks.common.networks import Subject, subject_of
+from fxprune.discovery import planned
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend, Options, Recipe, Selection
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.opening import make_job
 from fxprune.pipeline.stages import repair, savings
-from fxprune.selection import plans
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore, DropPlan
 
@@ -76,7 +76,7 @@ def regions_named(job: Job, labels: Sequence[str]) -> list[Region]:
         OptionError: A region is not there.
     """
     found = job.discovery
-    return list(plans.regions_named(labels, found.regions, found.rejections) if labels else found.regions)
+    return list(planned.regions_named(labels, found) if labels else found.regions)
 
 
 def savings_of(job: Job) -> dict[str, Any]:

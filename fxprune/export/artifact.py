@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -17,14 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import ArtifactError
 from fxprune.export.archive import require_compact, require_harmless
 from fxprune.export.messages import innermost, quiet
 from fxprune.files import check_writable, write_bytes_atomic
+from fxprune.graph.call import Inputs, is_batched
 from fxprune.tracing.evaluation import evaluation_copy, to_evaluation
 
-__all__ = ["load", "load_state", "save"]
+__all__ = ["load", "load_state", "program_bytes", "program_of", "save", "state_bytes", "state_of"]
 
 # Where training scripts put the weights inside a larger checkpoint.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
@@ -34,7 +37,7 @@ _GLOBAL = re.compile(r"GLOBAL ([A-Za-z_]\w*(?:\.\w+)+)")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor]) -> None:
+def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor] | Inputs) -> None:
     """Keep a network: `model.pt2` (graph and weights) and `model.safetensors` (weights alone).
 
     The batch size stays free in `model.pt2` wherever the network allows it.
@@ -42,29 +45,60 @@ def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Seque
     Args:
         gm: The network; it is not changed.
         folder: Created if need be.
-        example_inputs: One tensor per input, batch first.
+        example_inputs: One batch: its tensors where the network takes nothing else, batch first.
 
     Raises:
         ArtifactError: The network cannot be captured by `torch.export`, or the folder cannot be written.
     """
     target = check_writable(folder)
+    write_bytes_atomic(target / "model.safetensors", state_bytes(gm))
+    try:
+        archive = program_bytes(gm, example_inputs)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"the network cannot be kept as {target / 'model.pt2'}: {error}. Its weights are in model.safetensors; "
+            "write it with export_onnx instead"
+        ) from error
+    write_bytes_atomic(target / "model.pt2", archive)
+
+
+def state_bytes(network: nn.Module) -> bytes:
+    """A network's weights as a safetensors file whose header holds the SHA-256 of the file without it."""
+    state = network.state_dict()
+    own = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+    data: bytes = safetensors.torch.save(own, {_SEAL: _BLANK.decode()})
+    return data.replace(_BLANK, hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def program_bytes(gm: nn.Module, example_inputs: Sequence[Tensor] | Inputs) -> bytes:
+    """A network as a `.pt2` archive; the arguments are those of `save`.
+
+    Raises:
+        ArtifactError: The network cannot be captured by `torch.export`.
+    """
     network = evaluation_copy(gm).requires_grad_(False).cpu()
-    write_bytes_atomic(target / "model.safetensors", _sealed(network.state_dict()))
+    given = example_inputs if isinstance(example_inputs, Inputs) else Inputs(tuple(example_inputs))
     # Two rows at least: torch.export takes a dimension of size 1 for a constant.
-    rows = tuple(x.detach().cpu().repeat(2, *[1] * (x.dim() - 1)) for x in example_inputs)
-    shapes = tuple({0: torch.export.Dim.AUTO} for _ in rows)
+    rows = given.to("cpu").map(lambda x: x.detach().repeat(2, *[1] * (x.dim() - 1)))
     buffer = io.BytesIO()
     try:
-        program = torch.export.export(network, rows, dynamic_shapes=shapes)
+        program = torch.export.export(
+            network, rows.args, rows.kwargs, dynamic_shapes=_free_batch(network, rows)
+        )
         program.example_inputs = None  # the calibration images are the user's own, and no part of the network
         _forget_sources(program)
         torch.export.save(program, buffer)
     except Exception as error:
-        raise ArtifactError(
-            f"the network cannot be kept as {target / 'model.pt2'}: torch.export failed with {innermost(error)}. Its "
-            "weights are in model.safetensors; write it with export_onnx instead"
-        ) from error
-    write_bytes_atomic(target / "model.pt2", buffer.getvalue())
+        raise ArtifactError(f"torch.export failed with {innermost(error)}") from error
+    return buffer.getvalue()
+
+
+def _free_batch(network: nn.Module, rows: Inputs) -> dict[str, Any]:
+    """What torch.export takes to leave dimension 0 free, by the names of the network's arguments."""
+    free = pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if is_batched(leaf) else None, (rows.args, rows.kwargs)
+    )
+    return dict(inspect.signature(network.forward).bind(*free[0], **free[1]).arguments)
 
 
 def _forget_sources(program: torch.export.ExportedProgram) -> None:
@@ -87,17 +121,29 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     source = Path(path)
     if source.is_dir():
         source = source / "model.pt2"
-    archive = _read_bytes(source)
-    require_harmless(archive, str(source))
+    return to_evaluation(program_of(_read_bytes(source), str(source)).module())
+
+
+def program_of(archive: bytes, where: str) -> torch.export.ExportedProgram:
+    """The exported network in a `.pt2` archive, which could run no code.
+
+    Args:
+        archive: The whole file.
+        where: Where it came from, for messages.
+
+    Raises:
+        ArtifactError: It is damaged or not provably harmless.
+    """
+    require_harmless(archive, where)
     try:
         with quiet():
             from torch.export.pt2_archive._package import load_pt2  # takes a second to import
 
             # torch.export.load would log what this raises, and go on to read the file in an older format
-            return to_evaluation(load_pt2(io.BytesIO(archive)).exported_programs["model"].module())
+            return load_pt2(io.BytesIO(archive)).exported_programs["model"]
     except Exception as error:
         cause, *_ = innermost(error).partition(". ")
-        raise ArtifactError(f"{source} cannot be read as an exported network: {cause}") from error
+        raise ArtifactError(f"{where} cannot be read as an exported network: {cause}") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -116,10 +162,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     data = _read_bytes(source)
     if source.suffix == ".safetensors":
-        try:
-            return _unsealed(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{source} is damaged or no safetensors file: {error}") from error
+        return state_of(data, str(source))
     state = _load_pickle(source, data)
     if isinstance(state, dict):
         state = next((state[key] for key in _STATE_KEYS if isinstance(state.get(key), dict)), state)
@@ -129,6 +172,22 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "write it with torch.save(model.state_dict(), PATH)"
         )
     return dict(state)
+
+
+def state_of(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        data: The whole file.
+        where: Where it came from, for messages.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    try:
+        return _unsealed(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{where} is damaged or no safetensors file: {error}") from error
 
 
 def _load_pickle(source: Path, data: bytes) -> Any:
@@ -145,13 +204,6 @@ def _load_pickle(source: Path, data: bytes) -> Any:
             ) from error
         cause = innermost(error.__context__ or error)  # torch hides it behind its advice
         raise ArtifactError(f"{source} is damaged or no torch checkpoint: {cause}") from error
-
-
-def _sealed(state: dict[str, Any]) -> bytes:
-    """The tensors of a state dict as a safetensors file whose header holds the SHA-256 of the file without it."""
-    own = {name: x.detach().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
-    data = safetensors.torch.save(own, {_SEAL: _BLANK.decode()})
-    return data.replace(_BLANK, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 def _unsealed(data: bytes) -> dict[str, Tensor]:

@@ -8,40 +8,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import fx, nn
 
+from fxprune.artifacts.recipe import ORIGIN, Origin
+from fxprune.artifacts.results import Results
+from fxprune.artifacts.saving import FILES, close_folder, write_plan
+from fxprune.discovery.planned import plan_of
 from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.graph.examples import describe
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.replacement import replace_submodule
-from fxprune.pipeline.results import Results
 from fxprune.pipeline.stages import worst_fold_error
 from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
 from fxprune.recovery.recover import Recovered
-from fxprune.reports.compression import CompressionReport
+from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
+from fxprune.scoring.fingerprint import hash_weights
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
 
-__all__ = ["EXAMPLE", "REPORT", "close", "close_sweep"]
+__all__ = ["close", "close_sweep"]
 
 logger = logging.getLogger(__name__)
 
 Figure = TypeVar("Figure")
-
-REPORT = "fxprune_report"
-"""Key of the report in a compressed graph's `meta`."""
-
-EXAMPLE = "fxprune_example"
-"""Key of inputs of the right shapes there, noise in place of the customer's images."""
 
 
 def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
@@ -54,15 +52,11 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     small, example = recovered.graph, job.original.images.example(2)
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(name in job.trainable)
-    results = Results(
-        job.folder if is_main() else None,
-        "report.json",
-        ("original.onnx", "model.onnx", "model.pt2", "model.safetensors"),
-    )
+    origin = _origin(job, plan, example)
+    results = Results(job.folder if is_main() else None, "report.json", FILES)
     results.begin()
-    results.write(
-        lambda folder: save(positional(small, example), folder, example_inputs=flat_tensors(example))
-    )
+    results.write(lambda folder: save(small, folder, example_inputs=example))
+    results.write(lambda folder: write_plan(folder, origin))
     with job.stage("measurement"):
         latency = on_main(lambda: compare_networks(job, [small])[0])
     with job.stage("evaluation"):
@@ -74,13 +68,20 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     failures = tuple(same_everywhere(results.failures))
     report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
     results.end(report.to_json())
+    results.write(lambda folder: close_folder(folder, small, origin))
     _require_agreement(job, report)
     if failures and job.options.onnx:
         raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
-    small.meta.update({REPORT: report, EXAMPLE: _stand_in(example)})
+    small.meta.update({REPORT: report, ORIGIN: origin})
     if job.options.submodule is None:
         return small
     return replace_submodule(job.model, job.options.submodule, small, example=example)
+
+
+def _origin(job: Job, plan: DropPlan, example: Inputs) -> Origin:
+    options = job.options
+    made = plan_of(plan.regions, options.kinds, describe(example))
+    return Origin(made, options.front_end, options.submodule, hash_weights(job.original.graph))
 
 
 def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoint, ...]) -> SweepReport:
@@ -169,15 +170,3 @@ def _require_agreement(job: Job, report: CompressionReport) -> None:
             f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "
             f"with the original on {reached:.3f} of the held-back images; cut less, or give more images{kept}"
         )
-
-
-def _stand_in(example: Inputs) -> Inputs:
-    """Noise of the same shapes: a network that is handed on must not carry the customer's images."""
-    generator = torch.Generator().manual_seed(0)
-    return example.map(
-        lambda t: (
-            torch.randn(t.shape, generator=generator).to(t.dtype)
-            if t.is_floating_point()
-            else torch.zeros_like(t)
-        )
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fxprune.discovery.planned import planned_regions, regions_named
 from fxprune.measurements import CountComparison, LatencyComparison
 from fxprune.pipeline.clock import latencies_without
 from fxprune.pipeline.job import Job
@@ -18,7 +19,7 @@ from fxprune.reports.sweep import SweepPoint
 from fxprune.scoring.joint_losses import JointLosses
 from fxprune.scoring.scorer import fit_all
 from fxprune.selection.planner import Planner, require_enough
-from fxprune.selection.plans import BlockScore, DropPlan, regions_named
+from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.counting import count_savings
 from fxprune.timing.savings import SCORING, measure_savings
 
@@ -75,8 +76,10 @@ def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
 
 def as_asked(job: Job) -> DropPlan:
     """The plan that the caller named: nothing is scored and nothing timed."""
-    found = job.discovery
-    return DropPlan((), regions_named(job.options.regions, found.regions, found.rejections))
+    found, plan = job.discovery, job.options.plan
+    if plan is None:
+        return DropPlan((), regions_named(job.options.regions, found))
+    return DropPlan((), planned_regions(plan, job.original.graph, found))
 
 
 def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:

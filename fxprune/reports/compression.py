@@ -12,13 +12,16 @@ from typing import Any
 from fxprune.graph.regions import Rejection
 from fxprune.judging.judge import Accuracy
 from fxprune.measurements import CountComparison, Latency, LatencyComparison
+from fxprune.records import restored
 from fxprune.recovery.fidelity import Fidelities
 from fxprune.recovery.mimicking import ON_ALL, Mimicking
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore, DropPlan
 
-__all__ = ["CompressionReport", "entropy_lines", "plain", "score_row"]
+__all__ = ["REPORT", "CompressionReport", "entropy_lines", "plain", "score_row"]
 
+REPORT = "fxprune_report"
+"""Key of the report in a compressed graph's `meta`."""
 
 _DERIVED = ("images", "recovery_loss_before", "recovery_loss_after", "agreement", "held_back_agreement")
 """Properties that `report.json` holds beside the fields."""
@@ -69,6 +72,21 @@ class CompressionReport:
     mimicking: tuple[Mimicking, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> CompressionReport:
+        """The report that `to_json` wrote; what was not finite is infinite.
+
+        Raises:
+            ValueError: The text is none.
+        """
+        try:
+            data = json.loads(text)
+            for row in data["plan"]["scores"]:
+                row["cost"] = row["count"] if row["latency"] is None else row["latency"]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"no report ({error!r})") from error
+        return restored(cls, data)
 
     @property
     def before(self) -> Latency:

@@ -18,7 +18,7 @@ from fxprune.errors import OptionError
 from fxprune.recovery.features import FeatureReader
 from fxprune.recovery.original import Original
 
-__all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "json_form"]
+__all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "hash_weights", "json_form"]
 
 _FEW = 4
 """Images whose features are part of a fingerprint."""
@@ -88,7 +88,7 @@ def fingerprint_of(original: Original, settings: Mapping[str, Any]) -> Fingerpri
         raise OptionError(f"the settings cannot be part of a fingerprint: {error}") from error
     return Fingerprint(
         graph=_hash_graph(original.graph),
-        weights=_hash_weights(original.graph),
+        weights=hash_weights(original.graph),
         images=original.images.fingerprint(),
         features=_hash_features(original),
         settings=plain,
@@ -146,7 +146,8 @@ def _settings_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__} {module!r} {sorted(plain.items())}"
 
 
-def _hash_weights(gm: fx.GraphModule) -> str:
+def hash_weights(gm: nn.Module) -> str:
+    """SHA-256 (hex) over parameters and buffers, in the order of their names."""
     digest = hashlib.sha256()
     named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
-from fxprune.errors import OptionError
-from fxprune.graph.regions import Region, Rejection
+from fxprune.graph.regions import Region
 from fxprune.measurements import CountComparison, LatencyComparison
 
-__all__ = ["BlockScore", "DropPlan", "largest_plan", "regions_named"]
+__all__ = ["BlockScore", "DropPlan", "largest_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +69,3 @@ def largest_plan(regions: Sequence[Region]) -> tuple[Region, ...]:
         if not any(region.overlaps(other) for other in taken):
             taken.append(region)
     return tuple(taken)
-
-
-def regions_named(
-    labels: Sequence[str], regions: Sequence[Region], refused: Sequence[Rejection]
-) -> tuple[Region, ...]:
-    """The regions of these labels, in graph order.
-
-    Raises:
-        OptionError: A label names no region, with the reason where what it names was refused; or two overlap.
-    """
-    known = {region.label for region in regions}
-    reasons = {rejection.label: rejection.detail for rejection in refused}
-    for label in labels:
-        if label in reasons and label not in known:
-            raise OptionError(f"regions names {label}, which cannot be cut: {reasons[label]}")
-        if label not in known:
-            near = difflib.get_close_matches(label, known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
-            raise OptionError(f"regions names {label}, and no region is called that; {hint}")
-    chosen = tuple(region for region in regions if region.label in labels)
-    for one, other in combinations(chosen, 2):
-        if one.overlaps(other):
-            raise OptionError(f"regions names {one.label} and {other.label}, which overlap: give one of them")
-    return chosen

@@ -10,7 +10,16 @@ from typing import get_args
 from fxprune.graph.regions import Kind
 from fxprune.options import RECIPES, Backend, Cost, Criterion, FrontEnd, Selection
 
-__all__ = ["FORMS", "MOST_VALUES", "add_compress", "add_demo", "add_inspect", "add_measure", "add_sweep"]
+__all__ = [
+    "FORMS",
+    "MOST_VALUES",
+    "add_apply",
+    "add_compress",
+    "add_demo",
+    "add_inspect",
+    "add_measure",
+    "add_sweep",
+]
 
 FORMS = "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one"
 """What names a network."""
@@ -137,13 +146,26 @@ def add_compress(parser: ArgumentParser) -> None:
     goal.add_argument("--target-latency-ms", type=float, metavar="T")
     named = "cut exactly these regions, as inspect names them; several with commas"
     goal.add_argument("--regions", type=_split, default=SUPPRESS, metavar="LABEL", help=named)
+    planned = "cut exactly the blocks of an earlier compression, from its plan.json"
+    goal.add_argument("--plan", type=_path, default=SUPPRESS, metavar="FILE", help=planned)
     least = "least top-1 agreement with the original"
     parser.add_argument("--min-agreement", type=float, metavar="F", help=least)
     out = (
-        "write original.onnx, model.onnx, model.pt2, model.safetensors and report.json there; "
+        "write original.onnx, model.onnx, model.pt2, model.safetensors, plan.json, report.json and recipe.json there; "
         "a run that was interrupted goes on from the scores it kept there"
     )
     _add_job(parser, _SELECTIONS, out)
+
+
+def add_apply(parser: ArgumentParser) -> None:
+    """Arguments of `fxprune apply`."""
+    add = parser.add_argument
+    add("plan", type=_path, metavar="PLAN", help="plan.json of a compression")
+    add("model", metavar="MODEL", help=f"the original, with whatever weights: {FORMS}")
+    weights = "weights of the compressed network (model.safetensors beside the plan)"
+    add("--weights", type=_path, metavar="FILE", help=weights)
+    add("--front-end", choices=get_args(FrontEnd), default="auto", help="as for the compression (auto)")
+    add("--out", type=_path, required=True, metavar="OUT/", help="where the network goes, as by compress")
 
 
 def add_sweep(parser: ArgumentParser) -> None:

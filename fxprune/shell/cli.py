@@ -1,4 +1,4 @@
-"""The pipeline for the shell: `fxprune demo | inspect | compress | sweep | measure`.
+"""The pipeline for the shell: `fxprune demo | inspect | compress | apply | sweep | measure`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
 else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage (an option, or a
@@ -24,7 +24,7 @@ from fxprune._version import __version__
 from fxprune.errors import FxpruneError, OptionError, SourceError
 from fxprune.memory import memory_explained
 from fxprune.options import Options
-from fxprune.shell.arguments import add_compress, add_demo, add_inspect, add_measure, add_sweep
+from fxprune.shell.arguments import add_apply, add_compress, add_demo, add_inspect, add_measure, add_sweep
 
 __all__ = ["main"]
 
@@ -172,6 +172,30 @@ def _recover(args: argparse.Namespace) -> None:
             print(report.to_json() if args.json else str(report))
 
 
+def _apply(args: argparse.Namespace) -> None:
+    import fxprune
+    from fxprune.artifacts.loading import rebuild
+    from fxprune.export.artifact import load_state
+    from fxprune.files import check_writable
+    from fxprune.plan import Plan
+    from fxprune.shell.sources import load_model
+
+    out = check_writable(args.out)
+    plan = Plan.read(args.plan)
+    state = load_state(args.weights or Path(args.plan).with_name("model.safetensors"))
+    small = rebuild(load_model(args.model), plan, state, front_end=args.front_end)
+    fxprune.save(small, out)
+    fxprune.export_onnx(small, out / "model.onnx")
+    data = {
+        "model": args.model,
+        "cut": [cut.label for cut in plan.cuts],
+        "parameters": sum(parameter.numel() for parameter in small.parameters()),
+        "out": args.out,
+    }
+    text = f"{args.model} without {', '.join(data['cut'])}: {data['parameters']:,} parameters, in {args.out}"
+    _print(args, data, text)
+
+
 def _measure(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.shell.inspection import comparison, comparison_table
@@ -194,6 +218,7 @@ _COMMANDS = (
     ("demo", add_demo, _demo, "train, compress and measure on real digits"),
     ("inspect", add_inspect, _inspect, "list what can be cut, and why the rest not"),
     ("compress", add_compress, _recover, "cut, recover, export"),
+    ("apply", add_apply, _apply, "make a compressed network again from its plan and its weights"),
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
     ("measure", add_measure, _measure, "time two ONNX files alternately"),
 )

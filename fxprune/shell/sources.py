@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fxprune.artifacts.loading import load_network
+from fxprune.artifacts.recipe import RECIPE
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell.arguments import FORMS, MOST_VALUES
@@ -34,7 +36,8 @@ def load_model(spec: str) -> nn.Module:
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME`, `path/to/file.py:factory` (the file is run, and `factory()`
-            called), a `.pt2` file, or the folder that holds `model.pt2`.
+            called), a `.pt2` file, or the folder that holds `model.pt2`; one that `fxprune.save` or `compress` wrote is
+            checked whole.
 
     Raises:
         SourceError: There is no such network, or it cannot be built; the message says what there is.
@@ -50,7 +53,8 @@ def load_model(spec: str) -> nn.Module:
     if suffix == ".pt2" or (spec and Path(spec, "model.pt2").is_file()):
         if not Path(spec).exists():
             raise SourceError(f"The file {spec} does not exist.")
-        return artifact.load(Path(spec))
+        kept = Path(spec, RECIPE).is_file()
+        return load_network(spec) if kept else artifact.load(Path(spec))
     if suffix == ".py":
         raise SourceError(
             f"{spec} names a file but no function in it: give {spec}:FACTORY, which returns the network."

@@ -1,0 +1,1 @@
+"""Compressed networks kept in a folder, and made again from it."""

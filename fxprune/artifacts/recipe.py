@@ -1,0 +1,144 @@
+"""What `recipe.json` says: how a compressed network is made again, and that nothing beside it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fxprune._version import __version__
+from fxprune.errors import ArtifactError
+from fxprune.files import write_bytes_atomic
+from fxprune.options import FrontEnd
+from fxprune.plan import Plan
+from fxprune.records import restored
+
+__all__ = ["ORIGIN", "RECIPE", "Origin", "Rebuilding", "read_file", "read_recipe", "write_recipe"]
+
+ORIGIN = "fxprune_origin"
+"""Key of a compressed graph's `Origin` in its `meta`."""
+
+RECIPE = "recipe.json"
+
+_FORMAT = 1
+_SEAL = re.compile(rb'(?<=\n "sha256": ")[0-9a-f]{64}(?="\n}\n\Z)')
+_BLANK = b"0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a compressed network comes from.
+
+    Attributes:
+        plan: What was cut.
+        front_end: How the original was captured; see `fxprune.trace`.
+        submodule: Path of the part that was compressed, None where it was the whole model.
+        weights: SHA-256 (hex) over the original's parameters and buffers, where that is known.
+    """
+
+    plan: Plan
+    front_end: FrontEnd
+    submodule: str | None
+    weights: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilding:
+    """The contents of `recipe.json`, beside the number of its format and its own checksum.
+
+    Attributes:
+        front_end: As for `Origin`.
+        submodule: As for `Origin`.
+        original_weights: `Origin.weights`.
+        frozen: Names of the parameters that are not to be trained.
+        versions: Of fxprune and torch.
+        files: SHA-256 (hex) of every other file that belongs to the network, by name.
+    """
+
+    front_end: FrontEnd
+    submodule: str | None
+    original_weights: str | None
+    frozen: tuple[str, ...]
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def write_recipe(folder: Path, origin: Origin, frozen: Iterable[str], names: Iterable[str]) -> None:
+    """Writes `recipe.json`. It comes last, so that a folder that holds one is whole.
+
+    Args:
+        folder: Where the other files are.
+        origin: Where the network comes from.
+        frozen: See `Rebuilding`.
+        names: The other files; of these, those that exist belong to the network.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    paths = [folder / name for name in names]
+    files = {path.name: _digest(path.read_bytes()) for path in paths if path.is_file()}
+    versions = {"fxprune": __version__, "torch": torch.__version__}
+    recipe = Rebuilding(origin.front_end, origin.submodule, origin.weights, tuple(frozen), versions, files)
+    data = {"format": _FORMAT, **asdict(recipe), "sha256": _BLANK.decode()}
+    write_bytes_atomic(folder / RECIPE, _sealed((json.dumps(data, indent=1) + "\n").encode()))
+
+
+def read_recipe(folder: Path) -> Rebuilding:
+    """What `write_recipe` wrote.
+
+    Raises:
+        ArtifactError: There is none, it was changed, or a newer fxprune wrote it.
+    """
+    path = folder / RECIPE
+    if folder.is_dir() and not path.exists():
+        raise ArtifactError(
+            f"{folder} holds no {RECIPE}, which is written last: it was not saved there by fxprune, or not to the end. "
+            "Save the network again"
+        )
+    text = read_file(path)
+    try:
+        data = json.loads(text)
+        written = data["format"]
+        recipe = restored(Rebuilding, data) if written == _FORMAT else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. Save the network again") from error
+    if recipe is None:
+        raise ArtifactError(
+            f"{path} has format {written!r}, and fxprune {__version__} reads format {_FORMAT}: install a newer one"
+        )
+    if not _SEAL.search(text) or _sealed(text) != text:
+        raise ArtifactError(f"{path} was changed: its checksum is another one. Save the network again")
+    return recipe
+
+
+def read_file(path: Path, digest: str | None = None) -> bytes:
+    """A file's bytes.
+
+    Args:
+        path: The file.
+        digest: Its SHA-256 (hex), if that is known.
+
+    Raises:
+        ArtifactError: It cannot be read, or its SHA-256 is another one.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    if digest not in (None, _digest(data)):
+        raise ArtifactError(f"{path} was changed: {RECIPE} beside it holds the SHA-256 of another file")
+    return data
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sealed(text: bytes) -> bytes:
+    """A recipe with its own SHA-256 in its last line, taken while that place was blank."""
+    return _SEAL.sub(_digest(_SEAL.sub(_BLANK, text)).encode(), text)
