@@ -307,7 +307,7 @@ def test_the_folder_holds_the_report(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "made" / "here" / "report.json").read_text())
     assert written["plan"]["chosen"] == list(fxprune.report(small).plan.chosen)
     assert {path.name for path in (tmp_path / "made" / "here").iterdir()} == {
-        *("report.json", "model.pt2", "model.safetensors", "scores")
+        *("report.json", "report.html", "model.pt2", "model.safetensors", "scores")
     }
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import fx, nn
 
 from fxprune.errors import ArtifactError, ExportError, OptionError
@@ -16,6 +15,7 @@ from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
@@ -27,6 +27,8 @@ from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import CompressionReport
+from fxprune.reports.layout import layout
+from fxprune.reports.page import PAGE, page
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
@@ -57,7 +59,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     results = Results(
         job.folder if is_main() else None,
         "report.json",
-        ("original.onnx", "model.onnx", "model.pt2", "model.safetensors"),
+        ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", PAGE),
     )
     results.begin()
     results.write(
@@ -71,13 +73,15 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     if job.options.onnx:
         for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
             results.write(_onnx_writer(name, network, example))
-    failures = tuple(same_everywhere(results.failures))
-    report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
+    shown = _ended(report, results)
+    results.write(lambda folder: write_text_atomic(folder / PAGE, page(shown)))
+    report = _ended(report, results)
     results.end(report.to_json())
     _require_agreement(job, report)
+    failures = same_everywhere(results.failures)
     if failures and job.options.onnx:
         raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
-    small.meta.update({REPORT: report, EXAMPLE: _stand_in(example)})
+    small.meta.update({REPORT: report, EXAMPLE: example.stand_in()})
     if job.options.submodule is None:
         return small
     return replace_submodule(job.model, job.options.submodule, small, example=example)
@@ -115,6 +119,12 @@ def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callabl
     return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
 
 
+def _ended(report: CompressionReport, results: Results) -> CompressionReport:
+    """The report with what could not be written, and the hashes of what was."""
+    failures, files = same_everywhere((results.failures, results.hashes()))
+    return replace(report, notes=(*report.notes, *failures), files=files)
+
+
 def _report(
     job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison, judged: Judgement
 ) -> CompressionReport:
@@ -122,6 +132,8 @@ def _report(
     doubts = [note for note in (overfitted(recovered.after), _unsaved(job)) if note is not None]
     for doubt in doubts:
         logger.warning("%s", doubt)
+    images = (job.original.images, job.held_back, job.original.device)
+    classes = on_main(lambda: changes(job.original.graph, recovered.graph, *images))
     return CompressionReport(
         plan=plan,
         latency=latency,
@@ -140,6 +152,8 @@ def _report(
         durations=job.stage.seconds,
         versions=versions(job.original.device),
         notes=(*job.notes, *recovered.notes, *doubts),
+        layout=layout(job.original.graph, job.discovery),
+        changed=classes if job.options.submodule is None else None,  # the rows of a part are not the loader's
     )
 
 
@@ -169,15 +183,3 @@ def _require_agreement(job: Job, report: CompressionReport) -> None:
             f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "
             f"with the original on {reached:.3f} of the held-back images; cut less, or give more images{kept}"
         )
-
-
-def _stand_in(example: Inputs) -> Inputs:
-    """Noise of the same shapes: a network that is handed on must not carry the customer's images."""
-    generator = torch.Generator().manual_seed(0)
-    return example.map(
-        lambda t: (
-            torch.randn(t.shape, generator=generator).to(t.dtype)
-            if t.is_floating_point()
-            else torch.zeros_like(t)
-        )
-    )

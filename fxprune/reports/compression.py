@@ -6,18 +6,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from html import escape
 from typing import Any
 
 from fxprune.graph.regions import Rejection
+from fxprune.judging.answers import Change
 from fxprune.judging.judge import Accuracy
 from fxprune.measurements import CountComparison, Latency, LatencyComparison
+from fxprune.records import plain, restored
 from fxprune.recovery.fidelity import Fidelities
 from fxprune.recovery.mimicking import ON_ALL, Mimicking
+from fxprune.reports.layout import Place
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore, DropPlan
 
-__all__ = ["CompressionReport", "entropy_lines", "plain", "score_row"]
+__all__ = ["CompressionReport", "entropy_lines", "score_row"]
 
 
 _DERIVED = ("images", "recovery_loss_before", "recovery_loss_after", "agreement", "held_back_agreement")
@@ -49,6 +52,9 @@ class CompressionReport:
         versions: Of the software and the machine.
         notes: What the user should know.
         files: SHA-256 (hex) of every file that stands beside `report.json`, by name.
+        layout: Regions and refused candidates in the order of the network.
+        changed: The images to which the compressed network gives another class than the original, those held back among
+            them; None without class scores.
     """
 
     plan: DropPlan
@@ -69,6 +75,23 @@ class CompressionReport:
     mimicking: tuple[Mimicking, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    layout: tuple[Place, ...] = ()
+    changed: tuple[Change, ...] | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """The report that `to_json` wrote; what was not finite is infinite.
+
+        Raises:
+            ValueError: The text is none.
+        """
+        data = json.loads(text)
+        try:
+            for row in data["plan"]["scores"]:
+                row["cost"] = row["latency"] or row["count"]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"it holds no plan with scores: {error!r}") from error
+        return restored(cls, data)
 
     @property
     def before(self) -> Latency:
@@ -118,6 +141,35 @@ class CompressionReport:
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @property
+    def verdict(self) -> str:
+        """What came out, in one sentence."""
+        speed, cut = self.latency, len(self.plan.chosen)
+        regions = sum(place.refused is None for place in self.layout)
+        without = f"{cut} of its {regions} regions" if regions else f"{cut} of its regions"
+        low, high = 1 / speed.interval.high, 1 / speed.interval.low
+        doubt = ", which is not beyond the noise," if low <= 1 <= high else ""
+        where = f"in {speed.before.backend} on {speed.before.device}"
+        parts = [
+            f"Without {without} the network is {1 / speed.ratio:.2f} times as fast "
+            f"({speed.interval.level:.0%} interval {low:.2f} to {high:.2f}){doubt} {where}"
+        ]
+        fidelity = self.fidelity_after.held_back or self.fidelity_after.fitted
+        if fidelity.agreement is not None:
+            which = "fitted" if self.fidelity_after.held_back is None else "held-back"
+            share = f"{100 * fidelity.agreement:.1f} % of {fidelity.images} {which} images"
+            parts.append(f"it names the original's class on {share}")
+        if self.accuracy is not None:
+            before, after = self.accuracy["before"], self.accuracy["after"]
+            parts.append(f"its top-1 accuracy went from {100 * before.top1:.2f} to {100 * after.top1:.2f} %")
+        return "; ".join(parts) + "."
+
+    def __repr__(self) -> str:
+        return f"<CompressionReport: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.verdict)}</p>{self.plan._repr_html_()}"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -248,18 +300,3 @@ def entropy_lines(entropy: float | None) -> list[str]:
         return []
     share = f"{100 * entropy:.0f} % of the largest possible"
     return [f"calibration images, by the class that the original names: entropy {share}"]
-
-
-def plain(value: Any) -> Any:
-    """Records as JSON takes them: enums by value or name, sets as lists, what is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, Enum):
-        return (
-            value.value if not hasattr(value, "name") or value.__class__.__name__ != "Reason" else value.name
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -203,6 +203,7 @@ def _latencies(
     contestants: Sequence[Contestant], backend: str, device: str, shape: tuple[int, ...], threads: int
 ) -> Iterator[Latency]:
     for one in contestants:
-        quarter, median, three_quarters, p95 = np.percentile(one.samples, [25, 50, 75, 95]).tolist()
-        runs = len(one.samples) * one.repeats
-        yield Latency(backend, device, shape, threads, median, p95, three_quarters - quarter, runs)
+        quantiles = np.percentile(one.samples, range(0, 101, 5)).tolist()
+        quarter, median, three_quarters, p95 = (quantiles[i] for i in (5, 10, 15, 19))
+        iqr, runs = three_quarters - quarter, len(one.samples) * one.repeats
+        yield Latency(backend, device, shape, threads, median, p95, iqr, runs, tuple(quantiles))
