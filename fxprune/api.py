@@ -77,7 +77,7 @@ def compress(
     Returns:
         A new graph module, in evaluation mode; with `submodule`, a copy of the whole model that holds it.
         `fxprune.report` tells what was done. With `out`, the folder holds `model.pt2`, `model.safetensors`, with
-        `onnx` also `model.onnx` and `original.onnx`, and at last `report.json` with the SHA-256 of each.
+        `onnx` also `model.onnx` and `original.onnx`, `report.html`, and at last `report.json` with the SHA-256 of each.
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.

@@ -80,7 +80,7 @@ def test_the_page_says_what_was_cut_and_what_it_brought(report: CompressionRepor
     assert "in torch on counted; it names the original's class on" in report.verdict
     ratio, interval = report.latency.ratio, report.latency.interval
     figures = (
-        f"{1 / ratio:.2f} times as fast (95% interval {1 / interval.high:.2f} to {1 / interval.low:.2f})"
+        f"{1 / ratio:.2f} times as fast (95 % interval {1 / interval.high:.2f} to {1 / interval.low:.2f})"
     )
     assert figures in report.verdict
     for label in BLOCKS:
@@ -326,6 +326,10 @@ def test_the_folder_holds_the_page_and_the_shell_writes_it_again(
     assert cli.main(["report", str(tmp_path), "--html", str(tmp_path / "other.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "other.html").read_text() == written
+    text = (tmp_path / "report.json").read_text()
+    (tmp_path / "report.json").write_text(text.replace(fxprune.report(small).files["report.html"], "0" * 64))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "report.html is no longer the one whose hash report.json holds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"plan": 3}', "\udcff"])

@@ -153,7 +153,7 @@ class CompressionReport:
         where = f"in {speed.before.backend} on {speed.before.device}"
         parts = [
             f"Without {without} the network is {1 / speed.ratio:.2f} times as fast "
-            f"({speed.interval.level:.0%} interval {low:.2f} to {high:.2f}){doubt} {where}"
+            f"({100 * speed.interval.level:.0f} % interval {low:.2f} to {high:.2f}){doubt} {where}"
         ]
         fidelity = self.fidelity_after.held_back or self.fidelity_after.fitted
         if fidelity.agreement is not None:

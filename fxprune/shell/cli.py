@@ -191,6 +191,8 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    import hashlib
+
     from fxprune.files import write_text_atomic
     from fxprune.reports.compression import CompressionReport
     from fxprune.reports.page import PAGE, page
@@ -204,7 +206,11 @@ def _report(args: argparse.Namespace) -> None:
         raise SourceError(
             f"{file} is not the report of a compression by this version of fxprune ({error})"
         ) from error
-    write_text_atomic(args.html or Path(args.folder) / PAGE, page(report))
+    text = page(report)
+    write_text_atomic(args.html or Path(args.folder) / PAGE, text)
+    known = report.files.get(PAGE)
+    if args.html is None and known not in (None, hashlib.sha256(text.encode()).hexdigest()):
+        print(f"fxprune: {PAGE} is no longer the one whose hash report.json holds", file=sys.stderr)
     print(report.to_json() if args.json else str(report))
 
 
