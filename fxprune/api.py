@@ -82,8 +82,8 @@ def compress(
     Returns:
         A new graph module, in evaluation mode; with `submodule`, a copy of the whole model that holds it.
         `fxprune.report` tells what was done. With `out`, `fxprune.load` makes it again from the folder, which holds
-        `model.pt2`, `model.safetensors`, `plan.json`, with `onnx` also `model.onnx` and `original.onnx`, then
-        `report.json` with the SHA-256 of each, and at last `recipe.json`.
+        `model.pt2`, `model.safetensors`, `plan.json`, with `onnx` also `model.onnx` and `original.onnx`, `report.html`,
+        then `report.json` with the SHA-256 of each, and at last `recipe.json`.
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.

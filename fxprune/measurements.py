@@ -5,9 +5,7 @@ They lie below every layer because scoring, timing and reporting all speak them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 __all__ = ["CountComparison", "Interval", "Latency", "LatencyComparison"]
 
@@ -45,6 +43,7 @@ class Latency:
         p95_s: 95th percentile, in seconds.
         iqr_s: Interquartile range, in seconds.
         runs: Timed calls, warm-up excluded.
+        quantiles_s: The fastest call, then every 5 %, up to the slowest, in seconds.
     """
 
     backend: str
@@ -55,6 +54,7 @@ class Latency:
     p95_s: float
     iqr_s: float
     runs: int
+    quantiles_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +75,6 @@ class LatencyComparison:
     ratio: float
     interval: Interval
     shared_by: int = 1
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> LatencyComparison:
-        """The comparison of which `asdict` made plain data.
-
-        Raises:
-            TypeError, KeyError, ValueError: The data is not such.
-        """
-        before, after = (
-            Latency(**{**fields[side], "batch_shape": tuple(fields[side]["batch_shape"])})
-            for side in ("before", "after")
-        )
-        ratio, interval = float(fields["ratio"]), Interval(**fields["interval"])
-        return cls(before, after, ratio, interval, int(fields["shared_by"]))
 
     @property
     def saved_s(self) -> float:

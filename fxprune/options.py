@@ -130,7 +130,7 @@ class Options:
             use cores if those are fewer.
         out: Folder for the results, and for finished work: a run that was interrupted goes on from there.
         onnx: Whether `original.onnx` and `model.onnx` are among the results.
-        progress: Whether to draw progress bars; by default on a terminal.
+        progress: Whether to draw progress bars; by default on a terminal and in a notebook.
 
     Raises:
         OptionError: A value is out of range, or contradicts another.

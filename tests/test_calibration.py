@@ -320,3 +320,19 @@ def test_inputs_select_and_move_leave_scalars_alone() -> None:
     assert chosen.args[1][0].tolist() == [3, 1]
     assert chosen.args[1][1] is scale and chosen.kwargs == {"flag": True}
     assert chosen.batch_size == 2 and len(chosen.tensors()) == 2
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_images_know_where_they_came_from(shuffle: bool) -> None:
+    dataset = TensorDataset(numbered(60))
+    for loader in (
+        list(numbered(60).split(7)),
+        numbered(60),
+        dataset,
+        DataLoader(dataset, 7, shuffle=shuffle),
+    ):
+        images = draw(loader, limit=25, seed=1)
+        assert list(images.places) == numbers(images.inputs)
+        assert len(set(images.places)) == 25 and max(images.places) > 25
+        for part in images.split(0.2, seed=3):
+            assert list(part.places) == numbers(part.inputs)

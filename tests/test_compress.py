@@ -308,7 +308,15 @@ def test_the_folder_holds_the_report(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "made" / "here" / "report.json").read_text())
     assert written["plan"]["chosen"] == list(fxprune.report(small).plan.chosen)
     assert {path.name for path in (tmp_path / "made" / "here").iterdir()} == {
-        *("model.pt2", "model.safetensors", "plan.json", "report.json", "recipe.json", "scores")
+        *(
+            "model.pt2",
+            "model.safetensors",
+            "plan.json",
+            "report.html",
+            "report.json",
+            "recipe.json",
+            "scores",
+        )
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.fx import symbolic_trace
 
 from fxprune.errors import ArtifactError, SourceError
+from fxprune.reports.compression import CompressionReport
 from fxprune.shell import demo
 
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
@@ -81,9 +82,12 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert figures["accuracy"]["before"] >= 0.97
     assert figures["accuracy"]["after"] >= 0.95
     assert len(figures["dropped"]) == 3
-    assert max(figures["onnx_max_abs_diff"].values()) < 1e-3
-    assert json.loads((tmp_path / "report.json").read_text()) == figures
+    assert json.loads((tmp_path / "demo.json").read_text()) == figures
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("original.onnx", "model.onnx", "model.safetensors", "model.pt2", "report.json")
+        *("original.onnx", "model.onnx", "model.safetensors", "model.pt2", "report.json", "report.html"),
+        *("demo.json", "scores"),
     }
+    report = CompressionReport.from_json((tmp_path / "report.json").read_text())
+    assert report.accuracy is not None
+    assert {side: one.top1 for side, one in report.accuracy.items()} == pytest.approx(figures["accuracy"])
     assert figures["seconds"]["all"] < 180

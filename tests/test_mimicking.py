@@ -148,6 +148,11 @@ def test_what_leads_away_at_the_first_look_is_given_up_there() -> None:
     (fit,) = recovered(tiny(), images(), rates=(2.0, 1e-2), **settings).mimicking
     assert [attempt.iterations for attempt in fit.attempts] == [5, 40]
     assert 0 < fit.best <= 40
+    away, held = fit.attempts
+    assert [step for step, _ in away.looks] == [0, 5]
+    assert [step for step, _ in held.looks] == list(range(0, 41, 5))
+    assert away.looks[0] == held.looks[0] and away.looks[-1][1] == away.feature_error
+    assert fit.best == min(held.looks, key=lambda look: look[1])[0]
     (alone,) = recovered(tiny(), images(), rates=(2.0,), **settings).mimicking
     assert [attempt.iterations for attempt in alone.attempts] == [40]
 

@@ -11,9 +11,10 @@ import pytest
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
 from fxprune.judging.judge import Accuracy
 from fxprune.options import RECIPES
+from fxprune.records import plain
 from fxprune.recovery.fidelity import Fidelities, Fidelity
 from fxprune.recovery.mimicking import Attempt, Mimicking
-from fxprune.reports.compression import CompressionReport, plain
+from fxprune.reports.compression import CompressionReport
 from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
 from fxprune.selection.plans import BlockScore, DropPlan

@@ -27,6 +27,7 @@ from tests.tiny import images, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK_FILES = {"model.pt2", "model.safetensors", "plan.json"}
+FILES = {*NETWORK_FILES, "report.html"}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_a_folder_holds_the_network_and_a_report_about_it(tmp_path: Path) -> None:
     small = compress(tmp_path, 2)
     report = report_of(tmp_path)
-    assert report["files"].keys() == NETWORK_FILES
+    assert report["files"].keys() == FILES
     assert report == json.loads(fxprune.report(small).to_json())
     again = artifact.load(tmp_path)
     assert torch.allclose(again(images(3)), small(images(3)), atol=1e-6)
@@ -63,7 +64,7 @@ def test_a_folder_holds_the_network_and_a_report_about_it(tmp_path: Path) -> Non
 
 def test_onnx_files_belong_to_the_results_when_asked_for(tmp_path: Path) -> None:
     compress(tmp_path, 2, onnx=True)
-    assert report_of(tmp_path)["files"].keys() == NETWORK_FILES | {"model.onnx", "original.onnx"}
+    assert report_of(tmp_path)["files"].keys() == FILES | {"model.onnx", "original.onnx"}
     nodes = [len(onnx.load(tmp_path / name).graph.node) for name in ("model.onnx", "original.onnx")]
     assert nodes[0] < nodes[1]
 
@@ -80,7 +81,7 @@ def test_results_of_a_part_hold_the_part(tmp_path: Path) -> None:
     whole = compress(tmp_path, model=Whole().eval(), submodule="body", onnx=True)
     assert isinstance(whole, Whole)
     assert torch.allclose(artifact.load(tmp_path)(images(2)), whole.body(images(2)), atol=1e-6)
-    assert report_of(tmp_path)["files"].keys() == NETWORK_FILES | {"model.onnx", "original.onnx"}
+    assert report_of(tmp_path)["files"].keys() == FILES | {"model.onnx", "original.onnx"}
 
 
 def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
@@ -91,7 +92,7 @@ def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
     with pytest.raises(OptionError, match=r"min_agreement is 1.0, but .* holds that network"):
         compress(tmp_path, 3, min_agreement=1.0)
     report = report_of(tmp_path)
-    assert len(report["plan"]["chosen"]) == 3 and report["files"].keys() == NETWORK_FILES
+    assert len(report["plan"]["chosen"]) == 3 and report["files"].keys() == FILES
     assert count(artifact.load(tmp_path)) == report["parameters"][1]
 
 
@@ -114,7 +115,8 @@ def test_a_run_that_fails_after_mimicking_leaves_its_network(
         monkeypatch.setattr(results, "write_text_atomic", broken)
     with pytest.raises(ArtifactError, match="disk is full"):
         compress(tmp_path, 3)
-    assert files(tmp_path) == NETWORK_FILES  # no report of either run: the folder is not finished
+    # no report.json of either run: the folder is not finished
+    assert files(tmp_path) == (NETWORK_FILES if where == "measurement" else FILES)
     with pytest.raises(AssertionError):
         assert count(artifact.load(tmp_path)) == count(tiny())
 
@@ -144,8 +146,22 @@ def test_a_file_that_cannot_be_written_costs_no_other(
     with pytest.raises(ExportError, match=r"no ONNX form.*holds what could be written"):
         compress(tmp_path, 1, onnx=True, model=tiny(5))
     report = report_of(tmp_path)
-    assert report["files"].keys() == NETWORK_FILES
+    assert report["files"].keys() == FILES
     assert report["notes"] == ["there is no ONNX form"] * 2
+    assert "there is no ONNX form" in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_said_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ArtifactError("no room for a page")
+
+    monkeypatch.setattr(closing, "write_text_atomic", refused)
+    compress(tmp_path, 1, model=tiny(5))
+    report = report_of(tmp_path)
+    assert report["files"].keys() == NETWORK_FILES
+    assert report["notes"] == ["no room for a page"]
 
 
 def test_an_old_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:

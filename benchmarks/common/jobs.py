@@ -19,6 +19,7 @@ from fxprune.options import Backend, Options, Recipe, Selection
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.opening import make_job
 from fxprune.pipeline.stages import repair, savings
+from fxprune.records import restored
 from fxprune.selection.planner import Planner
 from fxprune.selection.plans import BlockScore, DropPlan
 
@@ -106,7 +107,7 @@ def block_scores(
     """Join losses and kept savings, both by label, to scores in the regions' order."""
     kept = [(region, losses[region.label], savings[region.label]) for region in regions]
     return tuple(
-        BlockScore(region, loss, float("nan"), LatencyComparison.from_dict(saving))
+        BlockScore(region, loss, float("nan"), restored(LatencyComparison, saving))
         for region, loss, saving in kept
     )
 

@@ -15,13 +15,14 @@ from fxprune.export.artifact import program_bytes, state_bytes
 from fxprune.files import check_writable, write_bytes_atomic, write_text_atomic
 from fxprune.graph.examples import example_for
 from fxprune.reports.compression import REPORT
+from fxprune.reports.page import PAGE
 
 __all__ = ["FILES", "NETWORK", "close_folder", "save_network", "write_plan"]
 
 NETWORK = ("model.pt2", "model.safetensors", "plan.json", "report.json")
 """What a network is made from again; the last of these may be missing."""
 
-FILES = (RECIPE, "plan.json", "model.pt2", "model.safetensors", "model.onnx", "original.onnx")
+FILES = (RECIPE, "plan.json", "model.pt2", "model.safetensors", "model.onnx", "original.onnx", PAGE)
 """Whatever may stand beside a report."""
 
 

@@ -23,9 +23,12 @@ class CalibrationSet:
 
     Attributes:
         inputs: All images as one batch, on the CPU.
+        places: Where each image came in what the loader gave, counted from 0; of a dataset its index there. Empty
+            where that is not known.
     """
 
     inputs: Inputs
+    places: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.size
@@ -102,8 +105,12 @@ class CalibrationSet:
         count = min(max(round(self.size * fraction), 1), self.size - 1)
         permutation = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
         parts = torch.split(permutation, [count, self.size - count])
-        first, second = (CalibrationSet(self.inputs.select(part.sort().values)) for part in parts)
+        first, second = (self._selected(part.sort().values) for part in parts)
         return first, second
+
+    def _selected(self, index: Tensor) -> CalibrationSet:
+        places = tuple(self.places[i] for i in index.tolist()) if self.places else ()
+        return CalibrationSet(self.inputs.select(index), places)
 
     def joined(self, other: CalibrationSet) -> CalibrationSet:
         """The images of this set and then those of another one with the same structure."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,14 +60,15 @@ def draw(
     """
     check_positive("limit", limit)
     reservoir = _Reservoir(limit, seed)
-    for index, batch in iterate(narrow(loader, limit, seed)):
+    source, indices = narrow(loader, limit, seed)
+    for index, batch in iterate(source):
         inputs = read_batch(batch, index, names=names, input_fn=input_fn)
         check_batch(inputs, index)
         reservoir.add(inputs, index)
         if reservoir.seen >= STREAMED * limit:
             logger.info("Stopped reading the loader after %d images.", reservoir.seen)
             break
-    return reservoir.finish()
+    return reservoir.finish(indices)
 
 
 class _Reservoir:
@@ -78,6 +79,7 @@ class _Reservoir:
         self._limit = limit
         self._random = random.Random(seed)
         self._samples: list[list[Tensor]] = []
+        self._places: list[int] = []
         self._first: Inputs | None = None
 
     def add(self, inputs: Inputs, index: int) -> None:
@@ -93,8 +95,10 @@ class _Reservoir:
         for slot, row in chosen.items():
             # cloned: a view would keep its whole batch alive, and some loaders reuse their buffers
             self._samples[slot : slot + 1] = [[tensor[row].detach().cpu().clone() for tensor in tensors]]
+            self._places[slot : slot + 1] = [self.seen - inputs.batch_size + row]
 
-    def finish(self) -> CalibrationSet:
+    def finish(self, indices: Sequence[int] | None) -> CalibrationSet:
+        """The images and their places; `indices`, where given, are those of all that were added, in a dataset."""
         if self._first is None:
             raise CalibrationError(
                 "The loader yields no batch: give at least one image (an iterator that was used before is "
@@ -103,7 +107,9 @@ class _Reservoir:
         if self.seen > len(self._samples):
             logger.info("Drew %d calibration images out of %d.", len(self._samples), self.seen)
         columns = zip(*self._samples, strict=True)
-        return CalibrationSet(self._first.map(lambda _: torch.stack(next(columns))).to("cpu"))
+        inputs = self._first.map(lambda _: torch.stack(next(columns))).to("cpu")
+        places = self._places if indices is None else [indices[place] for place in self._places]
+        return CalibrationSet(inputs, tuple(places))
 
 
 def _check_alike(first: Inputs, inputs: Inputs, index: int) -> None:

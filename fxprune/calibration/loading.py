@@ -20,14 +20,17 @@ RESIZE = "Resize and crop all images to one size, for instance with torchvision.
 """What to do about images of mixed sizes."""
 
 
-def narrow(loader: object, limit: int, seed: int) -> object:
+def narrow(loader: object, limit: int, seed: int) -> tuple[object, list[int] | None]:
     """What to iterate over instead: where a dataset lies below, only `limit` drawn images are loaded.
+
+    Returns:
+        The loader to read, and the indices in the dataset of what it will give, where some were drawn.
 
     Raises:
         CalibrationError: The loader is a mapping or a string.
     """
     if isinstance(loader, Tensor):
-        return [loader]
+        return [loader], None
     if isinstance(loader, (Mapping, str, bytes)):
         raise CalibrationError(
             f"The loader is a {type(loader).__name__}: give an iterable of batches, a tensor [N, C, H, W] or "
@@ -38,11 +41,11 @@ def narrow(loader: object, limit: int, seed: int) -> object:
     # a subclass may mean something else by iterating, so it is taken as it is
     count = _count(loader) if type(loader) is DataLoader else None
     if count is None or count <= limit:
-        return loader
+        return loader, None
     assert isinstance(loader, DataLoader)
     indices = sorted(random.Random(seed).sample(range(count), limit))
     logger.info("Drew %d calibration images out of %d.", limit, count)
-    return DataLoader(
+    drawn: DataLoader[Any] = DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
@@ -51,6 +54,7 @@ def narrow(loader: object, limit: int, seed: int) -> object:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+    return drawn, indices
 
 
 def _count(loader: DataLoader[Any]) -> int | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+
+from fxprune.notebook import html_table, shortened
 
 __all__ = ["AdaptorSite", "Discovery", "Kind", "Reason", "Region", "Rejection", "Side", "every_call"]
 
@@ -130,6 +133,20 @@ class Discovery:
 
     regions: tuple[Region, ...]
     rejections: tuple[Rejection, ...]
+
+    def __repr__(self) -> str:
+        labels = shortened([region.label for region in self.regions])
+        return (
+            f"<Discovery: {len(self.regions)} regions ({labels}), {len(self.rejections)} candidates refused>"
+        )
+
+    def _repr_html_(self) -> str:
+        regions = [(r.label, r.kind.value, " x ".join(map(str, r.shape[1:]))) for r in self.regions]
+        counts = Counter(rejection.reason.value for rejection in self.rejections)
+        refused = [(reason, str(count)) for reason, count in counts.most_common()]
+        found = html_table(f"{len(regions)} regions can be dropped", ("region", "kind", "shape"), regions)
+        title = f"{len(self.rejections)} candidates were refused"
+        return found + (html_table(title, ("because", "candidates"), refused) if refused else "")
 
 
 @dataclass(frozen=True, slots=True)

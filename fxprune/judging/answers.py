@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
 
-__all__ = ["Answers", "alike", "answers", "class_scores", "entropy"]
+__all__ = ["Answers", "Change", "alike", "answers", "changes", "class_scores", "entropy"]
 
 _ALIKE = 0.1
 """Entropy below which images look alike: of two classes one then has 98.7 % of the images or more, of ten 96.5 %. Rare
@@ -30,6 +30,23 @@ class Answers:
 
     named: Tensor
     classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An image to which two networks give different classes.
+
+    Attributes:
+        image: Its place, as `CalibrationSet.places` tells it.
+        held_back: Whether it was held back.
+        before: The class that the original names.
+        after: The class that the compressed network names.
+    """
+
+    image: int
+    held_back: bool
+    before: int
+    after: int
 
 
 def class_scores(output: Any) -> Tensor | None:
@@ -50,6 +67,28 @@ def answers(network: nn.Module, images: CalibrationSet, device: str) -> Answers 
         named.append(scores.argmax(1).cpu())
         classes = scores.shape[1]
     return Answers(torch.cat(named), classes)
+
+
+def changes(
+    original: nn.Module,
+    small: nn.Module,
+    fitted: CalibrationSet,
+    held_back: CalibrationSet | None,
+    device: str,
+) -> tuple[Change, ...] | None:
+    """The images whose class has changed, in the order of their places; None without class scores."""
+    found: list[Change] = []
+    for images, kept_back in ((fitted, False), (held_back, True)):
+        if images is None:
+            continue
+        before, after = (answers(network, images, device) for network in (original, small))
+        if before is None or after is None:
+            return None
+        rows = zip(
+            images.places or range(images.size), before.named.tolist(), after.named.tolist(), strict=True
+        )
+        found += [Change(place, kept_back, one, other) for place, one, other in rows if one != other]
+    return tuple(sorted(found, key=lambda change: change.image))
 
 
 def entropy(given: Answers | None) -> float | None:

@@ -115,7 +115,7 @@ def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]
         order = torch.randperm(len(loader), generator=torch.Generator().manual_seed(seed))
         chosen = order[:limit].sort().values.to(loader.device)
         return enumerate(loader[rows] for rows in torch.split(chosen, TENSOR_BATCH))
-    return iterate(narrow(loader, limit, seed))
+    return iterate(narrow(loader, limit, seed)[0])
 
 
 def _calls(

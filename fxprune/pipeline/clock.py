@@ -35,6 +35,7 @@ def compare_networks(
         backend=backend,
         device=job.original.device if backend == "torch" else None,
         settings=settings,
+        show_progress=job.show_progress,
     )
 
 

@@ -20,6 +20,7 @@ from fxprune.export.onnx_file import export_onnx
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.examples import describe
+from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
@@ -30,6 +31,8 @@ from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
 from fxprune.recovery.recover import Recovered
 from fxprune.reports.compression import REPORT, CompressionReport
+from fxprune.reports.layout import layout
+from fxprune.reports.page import PAGE, page
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
 from fxprune.scoring.fingerprint import hash_weights
 from fxprune.selection.plans import BlockScore, DropPlan
@@ -65,11 +68,13 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     if job.options.onnx:
         for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
             results.write(_onnx_writer(name, network, example))
-    failures = tuple(same_everywhere(results.failures))
-    report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
+    shown = _ended(report, results)
+    results.write(lambda folder: write_text_atomic(folder / PAGE, page(shown)))
+    report = _ended(report, results)
     results.end(report.to_json())
     results.write(lambda folder: close_folder(folder, small, origin))
     _require_agreement(job, report)
+    failures = same_everywhere(results.failures)
     if failures and job.options.onnx:
         raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
     small.meta.update({REPORT: report, ORIGIN: origin})
@@ -116,6 +121,12 @@ def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callabl
     return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
 
 
+def _ended(report: CompressionReport, results: Results) -> CompressionReport:
+    """The report with what could not be written, and the hashes of what was."""
+    failures, files = same_everywhere((results.failures, results.hashes()))
+    return replace(report, notes=(*report.notes, *failures), files=files)
+
+
 def _report(
     job: Job, plan: DropPlan, recovered: Recovered, latency: LatencyComparison, judged: Judgement
 ) -> CompressionReport:
@@ -123,6 +134,8 @@ def _report(
     doubts = [note for note in (overfitted(recovered.after), _unsaved(job)) if note is not None]
     for doubt in doubts:
         logger.warning("%s", doubt)
+    images = (job.original.images, job.held_back, job.original.device)
+    classes = on_main(lambda: changes(job.original.graph, recovered.graph, *images))
     return CompressionReport(
         plan=plan,
         latency=latency,
@@ -141,6 +154,8 @@ def _report(
         durations=job.stage.seconds,
         versions=versions(job.original.device),
         notes=(*job.notes, *recovered.notes, *doubts),
+        layout=layout(job.original.graph, job.discovery),
+        changed=classes if job.options.submodule is None else None,  # the rows of a part are not the loader's
     )
 
 

@@ -6,7 +6,6 @@ Every refusal comes from here, before any long work.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -44,6 +43,7 @@ from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
+from fxprune.progress import is_wanted
 from fxprune.recovery.original import Original
 from fxprune.scoring.bare import BareScorer
 from fxprune.scoring.cached import CachedScorer
@@ -111,7 +111,7 @@ def make_job(
 ) -> Job:
     """The job itself, without what surrounds it while it is open; its options have their defaults filled in."""
     stage = StageTimes()
-    show_progress = is_main() and (os.isatty(2) if options.progress is None else options.progress)
+    show_progress = is_main() and is_wanted(options.progress)
     with stage("trace"):
         images, network = _read(model, loader, options)
         labels = None

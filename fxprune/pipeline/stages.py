@@ -33,7 +33,7 @@ def score(job: Job) -> tuple[BlockScore, ...]:
         saved = savings(job)
         _check_goal(job, saved)
     with job.stage("scoring"):
-        fits = fit_all(job.scorer, [[region] for region in regions])
+        fits = fit_all(job.scorer, [[region] for region in regions], show_progress=job.show_progress)
     job.fits = {region.label: fit for region, fit in zip(regions, fits, strict=True)}
     return tuple(
         BlockScore(region, fit.loss, fit.loss_before, saving)
@@ -60,7 +60,8 @@ def _check_goal(job: Job, saved: Sequence[LatencyComparison | CountComparison]) 
 
 def _planner(job: Job, scores: Sequence[BlockScore]) -> Planner:
     assert job.options.selection is not None  # filled in when the job was opened
-    return Planner(scores, JointLosses(job.scorer, job.fits), job.options.selection)
+    losses = JointLosses(job.scorer, job.fits, show_progress=job.show_progress)
+    return Planner(scores, losses, job.options.selection)
 
 
 def choose(job: Job, scores: Sequence[BlockScore]) -> DropPlan:
@@ -87,7 +88,8 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
     recipe, maps = job.options.recipe, {}
     with job.stage("recovery"):
         if recipe.fold_first:
-            fit = fit_all(job.scorer, [plan.regions], [job.parts(plan.regions)])[0]
+            parts = [job.parts(plan.regions)]
+            fit = fit_all(job.scorer, [plan.regions], parts, show_progress=job.show_progress)[0]
             maps = dict(fit.maps)
             plan = DropPlan(plan.scores, plan.regions, fit.loss)
         job.scorer.release()  # mimicking is what needs the most memory
@@ -118,7 +120,8 @@ def survey(job: Job, scores: Sequence[BlockScore]) -> tuple[SweepPoint, ...]:
     with job.stage("measurement"):
         latencies = latencies_without(job, plans)
     with job.stage("losses"):
-        fits = fit_all(job.scorer, plans, [job.parts(plan) for plan in plans])
+        parts = [job.parts(plan) for plan in plans]
+        fits = fit_all(job.scorer, plans, parts, show_progress=job.show_progress)
     with job.stage("evaluation"):
         accuracies = [
             job.judge(cut_and_fold(job.original, plan, fit.maps)[0]).figure if job.judge.has_measure else None

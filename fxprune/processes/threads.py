@@ -53,7 +53,9 @@ def default_threads() -> int:
     return min(torch.get_num_threads(), cores)
 
 
-def side_by_side(work: Sequence[Callable[[], T]], most: int) -> list[T]:
+def side_by_side(
+    work: Sequence[Callable[[], T]], most: int, done: Callable[[], object] = lambda: None
+) -> list[T]:
     """The results of some calls, in their order.
 
     How torch's threads are divided depends on the number of calls, never on how long they take: a call that finds its
@@ -62,17 +64,24 @@ def side_by_side(work: Sequence[Callable[[], T]], most: int) -> list[T]:
     Args:
         work: Calls that may run at once.
         most: So many at a time, at most; no more than torch has threads.
+        done: Called whenever one of them has ended, from its thread.
 
     Raises:
         Exception: What the first call that failed raised, once those under way have ended; no further one begins.
     """
+
+    def run(call: Callable[[], T]) -> T:
+        result = call()
+        done()
+        return result
+
     threads = torch.get_num_threads()
     count = min(most, threads, len(work))
     if count < 2:
-        return [call() for call in work]
+        return [run(call) for call in work]
     pool = ThreadPoolExecutor(count, "fxprune", torch.set_num_threads, (threads // count,))
     try:
-        return [result.result() for result in [pool.submit(call) for call in work]]
+        return [result.result() for result in [pool.submit(run, call) for call in work]]
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the pool's number would be that of every thread begun from now on

@@ -38,12 +38,14 @@ class Attempt:
         batch_norm: `eval` or `train`, as in `FitSettings`.
         iterations: Steps taken; fewer than asked for where it was given up or diverged.
         feature_error: On the judging images at its end; infinite where it diverged.
+        looks: Steps and that error at the start and at every look on the way.
     """
 
     learning_rate: float
     batch_norm: BatchNormMode
     iterations: int
     feature_error: float
+    looks: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +140,17 @@ def mimic(
         )
     attempts: list[Attempt] = []
     to_try = _to_try(settings, bool(adaptable_norms(comparison.student)))
+    looks: list[tuple[int, float]] = []
+
+    def look(step: int) -> None:
+        best.look(step)
+        looks.append((step, best.last if math.isfinite(best.last) else math.inf))
+        first, others_left = len(looks) == 2, len(attempts) + 1 < len(to_try)
+        if first and others_left and step < settings.iterations and not best.last <= _AWAY * start:
+            raise _AwayError
+
     for mode, rate in to_try:
-        taken = 0
-
-        def look(step: int) -> None:
-            nonlocal taken
-            first, taken = not taken, step
-            best.look(step)
-            others_left = len(attempts) + 1 < len(to_try)
-            if first and others_left and step < settings.iterations and not best.last <= _AWAY * start:
-                raise _AwayError
-
+        looks[:] = [(0, start)]
         try:
             fit_features(
                 comparison,
@@ -160,14 +162,14 @@ def mimic(
                 shared=True,
                 look=look,
             )
-            error = best.last
+            error = looks[-1][1]
         except _AwayError:
-            error = best.last
+            error = looks[-1][1]
         except CalibrationError as failure:  # the loss left the finite numbers
             logger.info("%s", failure)
             error = math.inf
         best.restore()
-        attempts.append(Attempt(rate, mode, taken, error if math.isfinite(error) else math.inf))
+        attempts.append(Attempt(rate, mode, looks[-1][0], error, tuple(looks)))
         if best.step:
             break
     return Mimicking(title, tuple(attempts), best.step)

@@ -12,7 +12,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from fxprune.calibration.augment import augmentation
 from fxprune.errors import CalibrationError
@@ -20,6 +19,7 @@ from fxprune.graph.operators import arguments
 from fxprune.graph.vocabulary import BATCH_NORM_FUNCTIONS, function_name
 from fxprune.options import FitSettings
 from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
+from fxprune.progress import progress as told
 from fxprune.recovery.comparison import Comparison
 from fxprune.recovery.optimizers import optimizer_for
 from fxprune.recovery.original import Original
@@ -166,12 +166,9 @@ def fit_features(
     augment = augmentation(crop_flip=settings.augment, mix=settings.cutmix)
     size = settings.images_per_step(original.images.pixels)
     batches = original.images.stream(size, settings.iterations, original.seed, augment)
-    bar = tqdm(
-        batches, total=settings.iterations, desc=title, disable=not (progress and is_main()), leave=False
-    )
 
     def losses() -> Iterator[Tensor]:
-        for batch in bar:
+        for batch in batches:
             part, weight = share_of(batch) if shared else (batch, 1.0)
             loss = comparison.loss(part.to(original.device))
             yield loss * weight if shared else loss
@@ -179,6 +176,7 @@ def fit_features(
     looked_at = {math.ceil(settings.iterations * (i + 1) / settings.looks) for i in range(settings.looks)}
 
     def after_step(step: int) -> None:
+        tell(1)
         if look is not None and step in looked_at:
             if shared and settings.batch_norm == "train":
                 share_buffers(comparison.student)
@@ -188,7 +186,11 @@ def fit_features(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with _batch_norm_mode(comparison.student, settings.batch_norm), torch.enable_grad():
+        with (
+            told(title, settings.iterations, "steps", show=progress and is_main()) as tell,
+            _batch_norm_mode(comparison.student, settings.batch_norm),
+            torch.enable_grad(),
+        ):
             optimise(parameters, losses(), settings, where=title, shared=shared, after_step=after_step)
         if shared and settings.batch_norm == "train":
             share_buffers(comparison.student)

@@ -6,19 +6,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from html import escape
 from typing import Any
 
 from fxprune.graph.regions import Rejection
+from fxprune.judging.answers import Change
 from fxprune.judging.judge import Accuracy
 from fxprune.measurements import CountComparison, Latency, LatencyComparison
-from fxprune.records import restored
+from fxprune.records import plain, restored
 from fxprune.recovery.fidelity import Fidelities
 from fxprune.recovery.mimicking import ON_ALL, Mimicking
+from fxprune.reports.layout import Place
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore, DropPlan
 
-__all__ = ["REPORT", "CompressionReport", "entropy_lines", "plain", "score_row"]
+__all__ = ["REPORT", "CompressionReport", "entropy_lines", "score_row"]
 
 REPORT = "fxprune_report"
 """Key of the report in a compressed graph's `meta`."""
@@ -52,6 +54,9 @@ class CompressionReport:
         versions: Of the software and the machine.
         notes: What the user should know.
         files: SHA-256 (hex) of every file that stands beside `report.json`, by name.
+        layout: Regions and refused candidates in the order of the network.
+        changed: The images to which the compressed network gives another class than the original, those held back among
+            them; None without class scores.
     """
 
     plan: DropPlan
@@ -72,6 +77,8 @@ class CompressionReport:
     mimicking: tuple[Mimicking, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    layout: tuple[Place, ...] = ()
+    changed: tuple[Change, ...] | None = None
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CompressionReport:
@@ -136,6 +143,35 @@ class CompressionReport:
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @property
+    def verdict(self) -> str:
+        """What came out, in one sentence."""
+        speed, cut = self.latency, len(self.plan.chosen)
+        regions = sum(place.refused is None for place in self.layout)
+        without = f"{cut} of its {regions} regions" if regions else f"{cut} of its regions"
+        low, high = 1 / speed.interval.high, 1 / speed.interval.low
+        doubt = ", which is not beyond the noise," if low <= 1 <= high else ""
+        where = f"in {speed.before.backend} on {speed.before.device}"
+        parts = [
+            f"Without {without} the network is {1 / speed.ratio:.2f} times as fast "
+            f"({100 * speed.interval.level:.0f} % interval {low:.2f} to {high:.2f}){doubt} {where}"
+        ]
+        fidelity = self.fidelity_after.held_back or self.fidelity_after.fitted
+        if fidelity.agreement is not None:
+            which = "fitted" if self.fidelity_after.held_back is None else "held-back"
+            share = f"{100 * fidelity.agreement:.1f} % of {fidelity.images} {which} images"
+            parts.append(f"it names the original's class on {share}")
+        if self.accuracy is not None:
+            before, after = self.accuracy["before"], self.accuracy["after"]
+            parts.append(f"its top-1 accuracy went from {100 * before.top1:.2f} to {100 * after.top1:.2f} %")
+        return "; ".join(parts) + "."
+
+    def __repr__(self) -> str:
+        return f"<CompressionReport: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.verdict)}</p>{self.plan._repr_html_()}"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -266,18 +302,3 @@ def entropy_lines(entropy: float | None) -> list[str]:
         return []
     share = f"{100 * entropy:.0f} % of the largest possible"
     return [f"calibration images, by the class that the original names: entropy {share}"]
-
-
-def plain(value: Any) -> Any:
-    """Records as JSON takes them: enums by value or name, sets as lists, what is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, Enum):
-        return (
-            value.value if not hasattr(value, "name") or value.__class__.__name__ != "Reason" else value.name
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -8,12 +8,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxprune.measurements import LatencyComparison
-from fxprune.reports.compression import entropy_lines, plain, score_row
+from fxprune.notebook import html_table
+from fxprune.records import plain
+from fxprune.reports.compression import entropy_lines, score_row
 from fxprune.reports.plots import front_svg
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore
 
 __all__ = ["SweepPoint", "SweepReport", "left_out"]
+
+
+_HEADERS = ("k", "drops also", "ms", "latency ratio", "recovery loss", "accuracy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,13 @@ class SweepReport:
         data = plain(asdict(self)) | {"scores": [score_row(score) for score in self.scores]}
         return json.dumps(data, indent=1, allow_nan=False)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"<SweepReport: {len(self.points)} plans of {len(self.scores)} regions>"
+
+    def _repr_html_(self) -> str:
+        return html_table("Every number of cuts", _HEADERS, self._rows())
+
+    def _rows(self) -> list[list[str]]:
         rows = []
         for previous, point in zip(({}, *(set(p.dropped) for p in self.points)), self.points, strict=False):
             added = [label for label in point.dropped if label not in previous]
@@ -99,13 +110,15 @@ class SweepReport:
                     "-" if point.accuracy is None else f"{100 * point.accuracy:.2f} %",
                 ]
             )
-        headers = ["k", "drops also", "ms", "latency ratio", "recovery loss", "accuracy"]
+        return rows
+
+    def __str__(self) -> str:
         lines: list[str] = []
         if self.accuracy is not None:
             where = "" if self.labelled is None else f", top-1 on {self.labelled} labelled images"
             lines.append(f"accuracy of the original {100 * self.accuracy:.2f} %{where}")
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([render(headers, rows), *lines, *entropy_lines(self.entropy), *notes])
+        return "\n".join([render(_HEADERS, self._rows()), *lines, *entropy_lines(self.entropy), *notes])
 
 
 def left_out(scores: Sequence[BlockScore]) -> tuple[str, ...]:

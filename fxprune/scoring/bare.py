@@ -82,9 +82,9 @@ def _number(criterion: Loss, found: Any, wanted: Any) -> float:
 
 def _divergence(found: Any, wanted: Any) -> Tensor:
     """The Kullback-Leibler divergence of the outputs as classes, of one position of one image."""
-    logs = [F.log_softmax(_logits(output), -1) for output in (found, wanted)]
-    positions = logs[0].numel() // logs[0].shape[-1]  # 1 an image for a classifier
-    return F.kl_div(*logs, log_target=True, reduction="sum") / positions
+    ours, theirs = (F.log_softmax(_logits(output), -1) for output in (found, wanted))
+    positions = ours.numel() // ours.shape[-1]  # 1 an image for a classifier
+    return F.kl_div(ours, theirs, log_target=True, reduction="sum") / positions
 
 
 def _logits(output: object) -> Tensor:

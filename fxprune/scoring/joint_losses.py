@@ -7,6 +7,7 @@ from functools import partial
 
 from fxprune.graph.regions import Region
 from fxprune.processes.threads import side_by_side
+from fxprune.progress import progress
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.scorer import Scorer
 
@@ -22,10 +23,13 @@ class JointLosses:
     Args:
         scorer: Estimates and fits.
         fits: Of every single region, by label.
+        show_progress: Whether a bar is drawn.
     """
 
-    def __init__(self, scorer: Scorer, fits: Mapping[str, AdaptorFit]) -> None:
-        self._scorer, self._fits = scorer, fits
+    def __init__(
+        self, scorer: Scorer, fits: Mapping[str, AdaptorFit], *, show_progress: bool = False
+    ) -> None:
+        self._scorer, self._fits, self._show_progress = scorer, fits, show_progress
         self._plans: dict[frozenset[str], AdaptorFit] = {}
 
     def __call__(self, sets: Sequence[Sequence[Region]], plan: Sequence[Region]) -> list[float]:
@@ -36,7 +40,8 @@ class JointLosses:
             taken = {region.label for region in plan}
             starts = [[*grown, *(self._fits[r.label] for r in s if r.label not in taken)] for s in sets]
         work = [partial(self._scorer.estimate, *one) for one in zip(sets, starts, strict=True)]
-        return side_by_side(work, self._scorer.workers)
+        with progress("selection", len(work), "sets", show=self._show_progress) as tell:
+            return side_by_side(work, self._scorer.workers, lambda: tell(1))
 
     def _fit(self, plan: Sequence[Region]) -> AdaptorFit:
         if len(plan) == 1:

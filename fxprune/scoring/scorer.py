@@ -10,6 +10,7 @@ from typing import Protocol
 from fxprune.graph.regions import Region
 from fxprune.processes.group import share_out, world_size
 from fxprune.processes.threads import side_by_side
+from fxprune.progress import progress
 from fxprune.recovery.adaptors import AdaptorFit
 
 __all__ = ["Scorer", "SingleScorer", "fit_all", "on_cpu"]
@@ -58,7 +59,11 @@ class SingleScorer:
 
 
 def fit_all(
-    scorer: Scorer, sets: Sequence[Sequence[Region]], starts: Sequence[Sequence[AdaptorFit]] | None = None
+    scorer: Scorer,
+    sets: Sequence[Sequence[Region]],
+    starts: Sequence[Sequence[AdaptorFit]] | None = None,
+    *,
+    show_progress: bool = False,
 ) -> list[AdaptorFit]:
     """Fits many sets of regions, each by one process, and as many at once there as its scorer may.
 
@@ -66,6 +71,7 @@ def fit_all(
         scorer: This process's own, made alike on every rank. What it keeps on disk is kept as it goes.
         sets: The same list on every rank.
         starts: Fits of parts of each set to begin at, the same on every rank.
+        show_progress: Whether a bar is drawn.
 
     Returns:
         One fit for each set, in their order and the same on every rank; maps on the CPU where there are several.
@@ -77,7 +83,8 @@ def fit_all(
     work = [partial(scorer.fit, *one) for one in zip(sets, starts or [()] * len(sets), strict=True)]
 
     def run(mine: Sequence[Callable[[], AdaptorFit]]) -> list[AdaptorFit]:
-        fits = side_by_side(mine, scorer.workers)
+        with progress("scoring", len(mine), "cuts", show=show_progress) as tell:
+            fits = side_by_side(mine, scorer.workers, lambda: tell(1))
         return fits if world_size() == 1 else [on_cpu(fit) for fit in fits]
 
     return share_out(work, run)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
+from fxprune.records import restored
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.scoring.scorer import Scorer, on_cpu
 from fxprune.scoring.store import ScoreStore, content_of, question_of
@@ -133,7 +134,7 @@ def stored_latencies(
 def _read(store: ScoreStore, content: Mapping[str, Any]) -> LatencyComparison | None:
     fields = store.get_record("latency", content)
     try:
-        return None if fields is None else LatencyComparison.from_dict(fields)
-    except (TypeError, KeyError, ValueError) as error:
+        return None if fields is None else restored(LatencyComparison, fields)
+    except ValueError as error:
         logger.warning("a latency that was kept cannot be read and is measured again: %s", error)
         return None

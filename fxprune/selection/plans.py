@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fxprune.graph.regions import Region
 from fxprune.measurements import CountComparison, LatencyComparison
+from fxprune.notebook import html_table, shortened
 
 __all__ = ["BlockScore", "DropPlan", "largest_plan"]
 
@@ -57,6 +58,25 @@ class DropPlan:
     def chosen(self) -> tuple[str, ...]:
         """Labels of the chosen regions."""
         return tuple(region.label for region in self.regions)
+
+    def __repr__(self) -> str:
+        return f"<DropPlan: {shortened(self.chosen)}; chosen among {len(self.scores)} scores>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                "cut" if score.region.label in self.chosen else "",
+                score.region.label,
+                f"{score.recovery_loss:.4g}",
+                f"{100 * score.cost.saving:.1f} %" if score.cost.distinguishable else "-",
+                f"{score.score:.4g}" if math.isfinite(score.score) else "-",
+            )
+            for score in self.scores
+        ]
+        if not rows:
+            rows = [("cut", label, "-", "-", "-") for label in self.chosen]
+        headers = ("", "region", "recovery loss", "saves", "score")
+        return html_table(f"{len(self.chosen)} regions to cut", headers, rows)
 
 
 def largest_plan(regions: Sequence[Region]) -> tuple[Region, ...]:

@@ -18,6 +18,7 @@ __all__ = [
     "add_demo",
     "add_inspect",
     "add_measure",
+    "add_report",
     "add_sweep",
 ]
 
@@ -151,7 +152,8 @@ def add_compress(parser: ArgumentParser) -> None:
     least = "least top-1 agreement with the original"
     parser.add_argument("--min-agreement", type=float, metavar="F", help=least)
     out = (
-        "write original.onnx, model.onnx, model.pt2, model.safetensors, plan.json, report.json and recipe.json there; "
+        "write original.onnx, model.onnx, model.pt2, model.safetensors, plan.json, report.html, report.json and "
+        "recipe.json there; "
         "a run that was interrupted goes on from the scores it kept there"
     )
     _add_job(parser, _SELECTIONS, out)
@@ -185,3 +187,12 @@ def add_measure(parser: ArgumentParser) -> None:
     add("--input-shape", type=_shape, action="append", default=[], metavar=shape, help="one an input")
     _add_threads(parser)
     add("--rounds", type=_positive, metavar="N", help="rounds (until the interval is narrow)")
+
+
+def add_report(parser: ArgumentParser) -> None:
+    """Arguments of `fxprune report`."""
+    parser.add_argument(
+        "folder", type=_path, metavar="DIR", help="where compress or the demo wrote report.json"
+    )
+    page = "where the page goes (DIR/report.html)"
+    parser.add_argument("--html", type=_path, metavar="PATH", help=page)

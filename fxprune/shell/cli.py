@@ -1,4 +1,4 @@
-"""The pipeline for the shell: `fxprune demo | inspect | compress | apply | sweep | measure`.
+"""The pipeline for the shell: `fxprune demo | inspect | compress | apply | sweep | measure | report`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
 else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage (an option, or a
@@ -24,7 +24,15 @@ from fxprune._version import __version__
 from fxprune.errors import FxpruneError, OptionError, SourceError
 from fxprune.memory import memory_explained
 from fxprune.options import Options
-from fxprune.shell.arguments import add_apply, add_compress, add_demo, add_inspect, add_measure, add_sweep
+from fxprune.shell.arguments import (
+    add_apply,
+    add_compress,
+    add_demo,
+    add_inspect,
+    add_measure,
+    add_report,
+    add_sweep,
+)
 
 __all__ = ["main"]
 
@@ -214,6 +222,30 @@ def _measure(args: argparse.Namespace) -> None:
     _print(args, comparison(result), comparison_table(result))
 
 
+def _report(args: argparse.Namespace) -> None:
+    import hashlib
+
+    from fxprune.files import write_text_atomic
+    from fxprune.reports.compression import CompressionReport
+    from fxprune.reports.page import PAGE, page
+
+    file = Path(args.folder) / "report.json"
+    try:
+        report = CompressionReport.from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{file} does not exist: name a folder that compress wrote with --out") from None
+    except ValueError as error:
+        raise SourceError(
+            f"{file} is not the report of a compression by this version of fxprune ({error})"
+        ) from error
+    text = page(report)
+    write_text_atomic(args.html or Path(args.folder) / PAGE, text)
+    known = report.files.get(PAGE)
+    if args.html is None and known not in (None, hashlib.sha256(text.encode()).hexdigest()):
+        print(f"fxprune: {PAGE} is no longer the one whose hash report.json holds", file=sys.stderr)
+    print(report.to_json() if args.json else str(report))
+
+
 _COMMANDS = (
     ("demo", add_demo, _demo, "train, compress and measure on real digits"),
     ("inspect", add_inspect, _inspect, "list what can be cut, and why the rest not"),
@@ -221,6 +253,7 @@ _COMMANDS = (
     ("apply", add_apply, _apply, "make a compressed network again from its plan and its weights"),
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
     ("measure", add_measure, _measure, "time two ONNX files alternately"),
+    ("report", add_report, _report, "show what a compression did, and write it as a page"),
 )
 
 if __name__ == "__main__":

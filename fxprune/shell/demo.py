@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import fxprune
 from fxprune.errors import SourceError
-from fxprune.export import artifact
 from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Backend
@@ -149,7 +148,7 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
     """Train, compress, export, verify and measure; write everything into `out`.
 
     Args:
-        out: Folder for `original.onnx`, `model.onnx`, `model.safetensors`, `model.pt2` and `report.json`.
+        out: Folder for what `compress` writes there, and for these figures, `demo.json`.
         seed: Of the split, the training and the compression.
         threads: Torch's threads meanwhile; None leaves them as they are.
         progress: Whether bars show.
@@ -171,18 +170,15 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
             model,
             digits.images[:CALIBRATION],
             k=DROPS,
+            labels=[(digits.held_out_images, digits.held_out_labels)],
             latency_batch=BATCH,
+            out=out,
+            onnx=True,
             seed=seed,
             threads=threads,
             progress=progress,
         )
         example = digits.held_out_images[:BATCH]
-        networks = {"original.onnx": fxprune.trace(model, example), "model.onnx": small}
-        onnx = {
-            name: fxprune.export_onnx(network, out / name, example).max_abs_diff
-            for name, network in tqdm(networks.items(), desc="export", disable=not progress)
-        }
-        artifact.save(small, out, example_inputs=(example,))
         backends = tqdm(BACKENDS, desc="measure", disable=not progress)
         latency = {
             name: _latency(fxprune.measure(model, small, inputs=example, backend=name)) for name in backends
@@ -193,11 +189,10 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
         "dropped": list(report.plan.chosen),
         "latency": latency,
         "fold_error": report.fold_error,
-        "onnx_max_abs_diff": onnx,
         "seconds": {"train": trained_s, **report.durations, "all": time.perf_counter() - started},
     }
     figures["table"] = _table(figures)
-    write_json_atomic(out / "report.json", figures)
+    write_json_atomic(out / "demo.json", figures)
     return figures
 
 

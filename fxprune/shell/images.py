@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fxprune.errors import OptionError, SourceError
 

@@ -28,6 +28,7 @@ from fxprune.export.onnx_file import export_onnx
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
+from fxprune.progress import progress
 from fxprune.timing.collector import collector_paused
 from fxprune.timing.rounds import Clock, Contestant, TimingSettings, race, ratios_by_round, warm_up
 from fxprune.tracing.evaluation import evaluation_copy
@@ -46,6 +47,7 @@ def compare(
     backend: str = "torch",
     device: str | None = None,
     settings: TimingSettings | None = None,
+    show_progress: bool = False,
 ) -> tuple[LatencyComparison, ...]:
     """Time a network against candidates, alternately, until the ratios are known well enough.
 
@@ -56,6 +58,7 @@ def compare(
         backend: One of `BACKENDS`; modules are exported for the onnxruntime ones.
         device: `cpu` or `cuda[:N]` for torch (`cpu` by default); implied by the onnxruntime backends.
         settings: When to stop; the defaults if `None`.
+        show_progress: Whether a bar is drawn.
 
     Returns:
         One comparison per candidate, in their order.
@@ -80,7 +83,8 @@ def compare(
         ]
         clock: Clock = partial(_cuda_clock, place) if place.type == "cuda" else _wall_clock
         warm_up(contestants, clock, settings.warmup)
-        intervals = race(contestants, clock, settings)
+        with progress("latency, at most", settings.max_seconds, "s", show=show_progress) as tell:
+            intervals = race(contestants, clock, settings, lambda share: tell(share * settings.max_seconds))
     reference, *others = _latencies(contestants, backend, device_name(place), tuple(inputs[0].shape), threads)
     return tuple(
         LatencyComparison(reference, after, float(np.median(ratios)), interval)
@@ -199,6 +203,7 @@ def _latencies(
     contestants: Sequence[Contestant], backend: str, device: str, shape: tuple[int, ...], threads: int
 ) -> Iterator[Latency]:
     for one in contestants:
-        quarter, median, three_quarters, p95 = np.percentile(one.samples, [25, 50, 75, 95]).tolist()
-        runs = len(one.samples) * one.repeats
-        yield Latency(backend, device, shape, threads, median, p95, three_quarters - quarter, runs)
+        quantiles = np.percentile(one.samples, range(0, 101, 5)).tolist()
+        quarter, median, three_quarters, p95 = (quantiles[i] for i in (5, 10, 15, 19))
+        iqr, runs = three_quarters - quarter, len(one.samples) * one.repeats
+        yield Latency(backend, device, shape, threads, median, p95, iqr, runs, tuple(quantiles))

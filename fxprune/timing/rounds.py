@@ -119,17 +119,32 @@ def warm_up(contestants: Sequence[Contestant], clock: Clock, calls: int) -> None
         contestant.repeats = 1 if once >= _SHORT_CALL_S else math.ceil(_SAMPLE_S / max(once, 1e-7))
 
 
-def race(contestants: Sequence[Contestant], clock: Clock, settings: TimingSettings) -> list[Interval]:
-    """Take rounds until every ratio is known well enough, or time is up."""
+def race(
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    settings: TimingSettings,
+    tell: Callable[[float], object] = lambda share: None,
+) -> list[Interval]:
+    """Take rounds until every ratio is known well enough, or time is up.
+
+    Args:
+        contestants: The reference, and what is compared with it.
+        clock: Takes a sample.
+        settings: When to stop.
+        tell: Called after every round with the share that it was of the longest possible race.
+    """
     rng = np.random.default_rng(settings.seed)
     start = time.perf_counter()
     interval = partial(
         median_interval, level=settings.level, resamples=settings.resamples, seed=settings.seed
     )
-    check = settings.min_rounds
+    check, told = settings.min_rounds, 0.0
     for done in range(1, settings.max_rounds + 1):
         for index in rng.permutation(len(contestants)):
             contestants[index].samples.append(contestants[index].take(clock))
+        share = max((time.perf_counter() - start) / settings.max_seconds, done / settings.max_rounds)
+        before, told = told, min(share, 1.0)
+        tell(told - before)
         if done >= settings.min_rounds and time.perf_counter() - start > settings.max_seconds:
             break
         if done < check:
