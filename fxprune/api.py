@@ -229,8 +229,9 @@ def export_onnx(
     if example_inputs is None:
         example_inputs = _known_inputs(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    done = getattr(model, "meta", {}).get(REPORT)
     with memory_explained():
-        return _export(model, path, inputs, **settings)
+        return _export(model, path, inputs, **{"cuts": done.plan.chosen if done else (), **settings})
 
 
 def _known_inputs(model: nn.Module) -> Any:

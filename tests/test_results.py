@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import fxprune
 from fxprune.artifacts import results
 from fxprune.artifacts.results import Results
 from fxprune.errors import ArtifactError, ExportError, OptionError, OutOfMemoryError
-from fxprune.export import artifact
+from fxprune.export import artifact, serving
 from fxprune.pipeline import closing, stages
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
@@ -62,10 +63,31 @@ def test_a_folder_holds_the_network_and_a_report_about_it(tmp_path: Path) -> Non
 
 
 def test_onnx_files_belong_to_the_results_when_asked_for(tmp_path: Path) -> None:
-    compress(tmp_path, 2, onnx=True)
+    (tmp_path / "model.onnx.data").write_text("of an earlier run")
+    small = compress(tmp_path, 2, onnx=True)
     assert report_of(tmp_path)["files"].keys() == NETWORK_FILES | {"model.onnx", "original.onnx"}
-    nodes = [len(onnx.load(tmp_path / name).graph.node) for name in ("model.onnx", "original.onnx")]
-    assert nodes[0] < nodes[1]
+    model, original = (onnx.load(tmp_path / name) for name in ("model.onnx", "original.onnx"))
+    kinds = [Counter(node.op_type for node in one.graph.node) for one in (original, model)]
+    assert kinds[0] - kinds[1] == Counter(Conv=4, Relu=2, Add=2) and not kinds[1] - kinds[0]
+    for one, cuts in ((model, fxprune.report(small).plan.chosen), (original, ())):
+        assert [entry.name for entry in (*one.graph.input, *one.graph.output)] == ["input", "output"]
+        assert {e.key: e.value for e in one.metadata_props}["fxprune.cuts"] == json.dumps(cuts)
+
+
+def test_onnx_files_are_compared_on_the_calibration_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def run(session: object, inputs: tuple[Tensor, ...]) -> list[Any]:
+        seen.append(inputs[0])
+        return genuine(session, inputs)
+
+    genuine = serving.run
+    monkeypatch.setattr(serving, "run", run)
+    compress(tmp_path, 2, onnx=True)
+    assert len(seen) == 2 * 2 * 3  # two files, unoptimised and optimised, at three batch sizes
+    assert all(torch.equal(batch, images()[: len(batch)]) for batch in seen)
 
 
 def test_results_of_a_part_hold_the_part(tmp_path: Path) -> None:

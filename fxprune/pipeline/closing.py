@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from fxprune.discovery.planned import plan_of
 from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
+from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.examples import describe
@@ -63,8 +64,12 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         judged = job.judge(small)
     report = _report(job, plan, recovered, latency, judged)
     if job.options.onnx:
-        for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
-            results.write(_onnx_writer(name, network, example))
+        seven = job.original.images.example(max(BATCH_SIZES))
+        for name, network, cuts in (
+            ("model.onnx", small, plan.chosen),
+            ("original.onnx", job.original.graph, ()),
+        ):
+            results.write(_onnx_writer(name, network, seven, cuts))
     failures = tuple(same_everywhere(results.failures))
     report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
     results.end(report.to_json())
@@ -112,8 +117,15 @@ def _text_writer(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: write_text_atomic(folder / name, text)
 
 
-def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callable[[Path], object]:
-    return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
+def _onnx_files(name: str) -> tuple[str, str]:
+    """An ONNX file, and the one beside it that holds weights of 2 GiB and more."""
+    return name, f"{name}.data"
+
+
+def _onnx_writer(
+    name: str, network: fx.GraphModule, images: Inputs, cuts: Sequence[str]
+) -> Callable[[Path], object]:
+    return lambda folder: export_onnx(network, folder / name, images, cuts=cuts)
 
 
 def _report(
