@@ -87,6 +87,8 @@ def compress(
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.
+        TargetError: The latency target cannot be met.
+        AgreementError: `min_agreement` is missed; the folder holds what was reached.
         TraceError: The network cannot be traced.
         CalibrationError: The images cannot be used.
         NoRegionError: Nothing can be cut; the message lists why.

@@ -20,7 +20,14 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.artifacts import results
 from fxprune.artifacts.results import Results
-from fxprune.errors import ArtifactError, ExportError, OptionError, OutOfMemoryError
+from fxprune.errors import (
+    AgreementError,
+    ArtifactError,
+    ExportError,
+    OptionError,
+    OutOfMemoryError,
+    ParityError,
+)
 from fxprune.export import artifact, serving
 from fxprune.pipeline import closing, stages
 from tests.doubles import brief, count_latency
@@ -110,7 +117,7 @@ def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
 ) -> None:
     compress(tmp_path, 1, onnx=True)
     monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: 0.5)
-    with pytest.raises(OptionError, match=r"min_agreement is 1.0, but .* holds that network"):
+    with pytest.raises(AgreementError, match=r"min_agreement is 1.0, but .* holds that network"):
         compress(tmp_path, 3, min_agreement=1.0)
     report = report_of(tmp_path)
     assert len(report["plan"]["chosen"]) == 3 and report["files"].keys() == NETWORK_FILES
@@ -168,6 +175,20 @@ def test_a_file_that_cannot_be_written_costs_no_other(
     report = report_of(tmp_path)
     assert report["files"].keys() == NETWORK_FILES
     assert report["notes"] == ["there is no ONNX form"] * 2
+
+
+def test_a_file_that_would_be_wrong_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(network: object, path: Path, *_: Any, **__: Any) -> None:
+        if path.name == "original.onnx":
+            raise ParityError("it disagrees", max_abs_diff=0.5, tolerance=0.1)
+        raise ExportError("there is no ONNX form")
+
+    monkeypatch.setattr(closing, "export_onnx", wrong)
+    with pytest.raises(
+        ParityError, match=r"no ONNX form; it disagrees.*holds what could be written"
+    ) as caught:
+        compress(tmp_path, 1, onnx=True, model=tiny(5))
+    assert (caught.value.max_abs_diff, caught.value.tolerance) == (0.5, 0.1)
 
 
 def test_an_old_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ __all__ = ["FILES", "NETWORK", "close_folder", "save_network", "write_plan"]
 NETWORK = ("model.pt2", "model.safetensors", "plan.json", "report.json")
 """What a network is made from again; the last of these may be missing."""
 
-FILES = (RECIPE, "plan.json", "model.pt2", "model.safetensors", "model.onnx", "original.onnx")
+FILES = (
+    RECIPE,
+    "plan.json",
+    "model.pt2",
+    "model.safetensors",
+    "model.onnx",
+    "original.onnx",
+    "model.onnx.data",
+    "original.onnx.data",
+)
 """Whatever may stand beside a report."""
 
 

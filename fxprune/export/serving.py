@@ -14,7 +14,7 @@ import torch
 
 from fxprune.errors import DeviceError, MeasurementError
 
-__all__ = ["bound_call", "open_session", "run"]
+__all__ = ["bound_call", "conditions", "open_session", "run"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -70,6 +70,17 @@ def open_session(
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
     return session
+
+
+def conditions(session: ort.InferenceSession) -> dict[str, object]:
+    """What onnxruntime was told, for a record: its version, the provider with all its options, how it optimises."""
+    provider = session.get_providers()[0]
+    return {
+        "onnxruntime": ort.__version__,
+        "provider": provider,
+        "provider_options": session.get_provider_options()[provider],
+        "graph_optimization": session.get_session_options().graph_optimization_level.name,
+    }
 
 
 def _require_cuda() -> str:

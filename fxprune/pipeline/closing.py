@@ -14,7 +14,7 @@ from fxprune.artifacts.recipe import ORIGIN, Origin
 from fxprune.artifacts.results import Results
 from fxprune.artifacts.saving import FILES, close_folder, write_plan
 from fxprune.discovery.planned import plan_of
-from fxprune.errors import ArtifactError, ExportError, OptionError
+from fxprune.errors import AgreementError, ArtifactError, ExportError, ParityError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.export.parity import BATCH_SIZES
@@ -42,13 +42,16 @@ logger = logging.getLogger(__name__)
 
 Figure = TypeVar("Figure")
 
+_ONNX_FILES = ("model.onnx", "original.onnx")
+
 
 def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     """Writes the network where a folder was given, measures it, reports, and puts it where the caller asked for it.
 
     Raises:
-        OptionError: `min_agreement` is missed; the folder holds what was reached.
-        ExportError: A file that was asked for cannot be written; the folder holds all others.
+        AgreementError: `min_agreement` is missed; the folder holds what was reached.
+        ExportError: A file that was asked for cannot be written, a `ParityError` where one would be wrong; the folder
+            holds all others.
     """
     small, example = recovered.graph, job.original.images.example(2)
     for name, parameter in small.named_parameters():
@@ -65,18 +68,18 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     report = _report(job, plan, recovered, latency, judged)
     if job.options.onnx:
         seven = job.original.images.example(max(BATCH_SIZES))
-        for name, network, cuts in (
-            ("model.onnx", small, plan.chosen),
-            ("original.onnx", job.original.graph, ()),
-        ):
+        both = (small, plan.chosen), (job.original.graph, ())
+        for name, (network, cuts) in zip(_ONNX_FILES, both, strict=True):
             results.write(_onnx_writer(name, network, seven, cuts))
-    failures = tuple(same_everywhere(results.failures))
+    failures = tuple(same_everywhere([str(error) for error in results.failures]))
     report = replace(report, notes=(*report.notes, *failures), files=same_everywhere(results.hashes()))
     results.end(report.to_json())
     results.write(lambda folder: close_folder(folder, small, origin))
     _require_agreement(job, report)
     if failures and job.options.onnx:
-        raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
+        message = f"{'; '.join(failures)}. {job.folder} holds what could be written"
+        wrong = [error for error in results.failures if isinstance(error, ParityError)]
+        raise wrong[0].saying(message) if wrong else ExportError(message)
     small.meta.update({REPORT: report, ORIGIN: origin})
     if job.options.submodule is None:
         return small
@@ -109,17 +112,12 @@ def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoi
     report = replace(report, files=results.hashes())
     results.end(report.to_json())
     if results.failures:
-        raise ArtifactError("; ".join(results.failures))
+        raise ArtifactError("; ".join(map(str, results.failures)))
     return report
 
 
 def _text_writer(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: write_text_atomic(folder / name, text)
-
-
-def _onnx_files(name: str) -> tuple[str, str]:
-    """An ONNX file, and the one beside it that holds weights of 2 GiB and more."""
-    return name, f"{name}.data"
 
 
 def _onnx_writer(
@@ -178,7 +176,7 @@ def _require_agreement(job: Job, report: CompressionReport) -> None:
     wanted, reached = job.options.min_agreement, report.held_back_agreement
     if wanted is not None and reached is not None and reached < wanted:
         kept = "" if job.folder is None else f"; {job.folder} holds that network"
-        raise OptionError(
+        raise AgreementError(
             f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "
             f"with the original on {reached:.3f} of the held-back images; cut less, or give more images{kept}"
         )

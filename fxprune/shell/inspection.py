@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch.nn import Parameter
 
 from fxprune.graph.opaque import opaque_parts
 from fxprune.graph.regions import Discovery, Region
-from fxprune.measurements import LatencyComparison
+from fxprune.measurements import Latency, LatencyComparison
 from fxprune.reports.tables import render
 
-__all__ = ["comparison", "comparison_table", "describe", "tables"]
+__all__ = ["describe", "measurement", "measurement_table", "tables"]
+
+# What all networks of a measurement have in common.
+_COMMON = ("backend", "device", "batch_shape", "threads")
 
 
 def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
@@ -99,23 +103,53 @@ def tables(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def comparison(result: LatencyComparison) -> dict[str, Any]:
-    """The measurement, ready for JSON; times in seconds."""
-    return {**asdict(result), "saved_s": result.saved_s, "distinguishable": result.distinguishable}
+def measurement(
+    files: Sequence[str], results: Sequence[LatencyComparison], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was measured, ready for JSON; times in seconds.
+
+    Args:
+        files: The reference, then the others.
+        results: One for each other, against the reference.
+        options: How it was measured.
+    """
+    before = results[0].before
+    return {
+        **{name: getattr(before, name) for name in _COMMON},
+        "options": dict(options),
+        "before": _timed(files[0], before),
+        "after": [
+            {
+                **_timed(file, result.after),
+                "ratio": result.ratio,
+                "interval": asdict(result.interval),
+                "saved_s": result.saved_s,
+                "verdict": result.verdict,
+            }
+            for file, result in zip(files[1:], results, strict=True)
+        ],
+    }
 
 
-def comparison_table(result: LatencyComparison) -> str:
-    """Medians with their spread, and the ratio with its interval; times in milliseconds."""
-    rows = [
-        (name, *(1e3 * seconds for seconds in (one.median_s, one.p95_s, one.iqr_s)), one.runs)
-        for name, one in (("before", result.before), ("after", result.after))
-    ]
-    table = render(("network", "median ms", "p95 ms", "iqr ms", "runs"), rows)
-    before, interval = result.before, result.interval
-    verdict = "" if result.distinguishable else "; not distinguishable from no gain"
+def _timed(file: str, latency: Latency) -> dict[str, Any]:
+    own = {name: value for name, value in asdict(latency).items() if name not in _COMMON}
+    return {"file": file, **own, "images_per_s": latency.batch_shape[0] / latency.median_s}
+
+
+def measurement_table(data: Mapping[str, Any]) -> str:
+    """Percentiles and throughput of each file, and its ratio to the first with the interval; milliseconds."""
+    rows = []
+    for one in (data["before"], *data["after"]):
+        times = [1e3 * one[name] for name in ("median_s", "p90_s", "p95_s", "p99_s")]
+        against = "" if "ratio" not in one else _against(one)
+        rows.append((one["file"], *times, one["images_per_s"], one["runs"], against))
+    headers = ("network", "median ms", "p90", "p95", "p99", "images/s", "runs", "time / that of the first")
     return (
-        f"{table}\n\nafter / before {result.ratio:.4f} ({interval.level:.0%} interval {interval.low:.4f} to "
-        f"{interval.high:.4f}), {1 / result.ratio:.2f} times as fast{verdict}\n"
-        f"{before.backend} on {before.device}, {before.threads} threads, batch shape "
-        f"{'x'.join(map(str, before.batch_shape))}"
+        f"{render(headers, rows)}\n\n{data['backend']} on {data['device']}, {data['threads']} threads, "
+        f"batch shape {'x'.join(map(str, data['batch_shape']))}"
     )
+
+
+def _against(one: Mapping[str, Any]) -> str:
+    low, high, level = (one["interval"][name] for name in ("low", "high", "level"))
+    return f"{one['ratio']:.4f} ({level:.0%} {low:.4f} to {high:.4f}), {one['verdict']}"

@@ -199,6 +199,8 @@ def _latencies(
     contestants: Sequence[Contestant], backend: str, device: str, shape: tuple[int, ...], threads: int
 ) -> Iterator[Latency]:
     for one in contestants:
-        quarter, median, three_quarters, p95 = np.percentile(one.samples, [25, 50, 75, 95]).tolist()
-        runs = len(one.samples) * one.repeats
-        yield Latency(backend, device, shape, threads, median, p95, three_quarters - quarter, runs)
+        quarter, median, three_quarters, p90, p95, p99 = np.percentile(
+            one.samples, [25, 50, 75, 90, 95, 99]
+        ).tolist()
+        spread, runs = three_quarters - quarter, len(one.samples) * one.repeats
+        yield Latency(backend, device, shape, threads, median, p95, spread, runs, p90, p99)
