@@ -26,7 +26,7 @@ from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.trace import split_inputs
 
-__all__ = ["ExportRecord", "export_onnx"]
+__all__ = ["ExportRecord", "export_onnx", "validated", "writable"]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class ExportRecord:
         tolerance: The largest that would have been accepted.
         bytes: Size of the file, with that of its weights where they lie beside it.
         weights: SHA-256 of the network's weights, as it stands in the file's metadata.
+        kept: Nodes that a file in half precision keeps in single precision.
     """
 
     path: str
@@ -63,6 +64,7 @@ class ExportRecord:
     tolerance: float
     bytes: int
     weights: str
+    kept: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -108,8 +110,8 @@ def export_onnx(
         OptionError: An input lacks a batch dimension, batch sizes differ, the tolerance is negative, or names are
             not unique or of another number.
     """
-    examples = _validated(example_inputs, tolerance)
-    target = _writable(path)
+    examples = validated(example_inputs, tolerance)
+    target = writable(path)
     original = evaluation_copy(model).requires_grad_(False).cpu()
     rows = resized(examples, _EXPORT_BATCH, seed=0)
     own = names_of((examples.args, examples.kwargs), "input"), names_of(run(original, rows), "output")
@@ -163,10 +165,14 @@ def export_onnx(
     )
 
 
-def _validated(
+def validated(
     example_inputs: Sequence[object] | dict[str, object] | Inputs, tolerance: float | None
 ) -> Inputs:
-    """The inputs on the CPU, detached."""
+    """Example inputs on the CPU, detached.
+
+    Raises:
+        OptionError: One lacks a batch dimension, batch sizes differ, or the tolerance is negative.
+    """
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance={tolerance}: give an absolute difference of 0 or more, or None")
     inputs = example_inputs if isinstance(example_inputs, Inputs) else Inputs(*split_inputs(example_inputs))
@@ -182,8 +188,12 @@ def _validated(
     return inputs.map(lambda x: x.detach().cpu())
 
 
-def _writable(path: str | os.PathLike[str]) -> Path:
-    """The path, once files can be written in its folder: the export takes long."""
+def writable(path: str | os.PathLike[str]) -> Path:
+    """The path, once files can be written in its folder: the export takes long.
+
+    Raises:
+        ExportError: They cannot.
+    """
     target = Path(path)
     if target.is_dir():
         raise ExportError(f"{target} is a folder: name the file to write")

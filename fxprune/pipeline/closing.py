@@ -19,7 +19,7 @@ from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
 from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import write_text_atomic
-from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.graph.call import Inputs
 from fxprune.graph.examples import describe
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
