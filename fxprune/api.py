@@ -22,6 +22,7 @@ from fxprune.pipeline.closing import close, close_sweep
 from fxprune.pipeline.opening import open_job
 from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
+from fxprune.precision.half import export_half
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.timing import latency as timing
@@ -87,6 +88,8 @@ def compress(
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.
+        TargetError: The latency target cannot be met.
+        AgreementError: `min_agreement` is missed; the folder holds what was reached.
         TraceError: The network cannot be traced.
         CalibrationError: The images cannot be used.
         NoRegionError: Nothing can be cut; the message lists why.
@@ -207,7 +210,12 @@ def load(
 
 
 def export_onnx(
-    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, **settings: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    fp16: bool = False,
+    **settings: Any,
 ) -> ExportRecord:
     """Writes a network as one ONNX file, after running it in onnxruntime against torch.
 
@@ -215,6 +223,8 @@ def export_onnx(
         model: Any module; a result of `compress` knows its example inputs.
         path: The file to write.
         example_inputs: A tensor, a tuple or a dict; dimension 0 is the batch and stays free.
+        fp16: Compute in half precision, inputs and outputs as they are; `example_inputs` should then be real images,
+            for nodes that exceed its range on them stay in single precision.
         **settings: Of `fxprune.export.onnx_file.export_onnx`.
 
     Raises:
@@ -229,8 +239,10 @@ def export_onnx(
     if example_inputs is None:
         example_inputs = _known_inputs(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    done = getattr(model, "meta", {}).get(REPORT)
     with memory_explained():
-        return _export(model, path, inputs, **settings)
+        export = export_half if fp16 else _export
+        return export(model, path, inputs, **{"cuts": done.plan.chosen if done else (), **settings})
 
 
 def _known_inputs(model: nn.Module) -> Any:

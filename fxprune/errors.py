@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "AgreementError",
     "ArtifactError",
     "CalibrationError",
     "DeviceError",
@@ -22,6 +23,7 @@ __all__ = [
     "PostconditionError",
     "PreconditionError",
     "SourceError",
+    "TargetError",
     "TraceError",
 ]
 
@@ -47,6 +49,14 @@ class FxpruneError(Exception):
 
 class OptionError(FxpruneError, ValueError):
     """A setting is out of range, unknown, or contradicts another."""
+
+
+class TargetError(OptionError):
+    """A latency target cannot be met by cutting."""
+
+
+class AgreementError(OptionError):
+    """The compressed network agrees with the original less often than was asked for."""
 
 
 class SourceError(FxpruneError):
@@ -122,3 +132,7 @@ class ParityError(ExportError):
         super().__init__(message)
         self.max_abs_diff = max_abs_diff
         self.tolerance = tolerance
+
+    def saying(self, message: str) -> ParityError:
+        """The same figures with other words."""
+        return ParityError(message, max_abs_diff=self.max_abs_diff, tolerance=self.tolerance)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ __all__ = [
     "check_writable",
     "remove_leftovers",
     "replacing",
+    "replacing_with_company",
     "write_bytes_atomic",
     "write_json_atomic",
     "write_text_atomic",
@@ -59,7 +61,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
             with contextlib.suppress(OSError):
                 idle = time.time() - path.stat().st_mtime
                 if idle > (_ABANDONED_S if _runs(int(found[1])) else _IDLE_S):
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _runs(pid: int) -> bool:
@@ -88,6 +90,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder: it, and files written beside it, take their places together.
+
+    An old file at `path` goes before new company comes, so that it is never read with that of another.
+    """
+    target = Path(path)
+    folder = _temporary(target)
+    try:
+        folder.mkdir()
+        yield folder / target.name
+        company = sorted(file for file in folder.iterdir() if file.name != target.name)
+        for file in (*company, folder / target.name):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if company:
+            target.unlink(missing_ok=True)
+        for file in (*company, folder / target.name):
+            os.replace(file, target.parent / file.name)
+    except OSError as error:
+        raise ArtifactError(_describe(error, target)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:

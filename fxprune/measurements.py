@@ -44,6 +44,8 @@ class Latency:
         iqr_s: Interquartile range, in seconds.
         runs: Timed calls, warm-up excluded.
         quantiles_s: The fastest call, then every 5 %, up to the slowest, in seconds.
+        p90_s: 90th percentile, in seconds.
+        p99_s: 99th percentile, likewise.
     """
 
     backend: str
@@ -55,6 +57,8 @@ class Latency:
     iqr_s: float
     runs: int
     quantiles_s: tuple[float, ...] = ()
+    p90_s: float | None = None
+    p99_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,17 @@ class LatencyComparison:
     def distinguishable(self) -> bool:
         """Whether the candidate is faster beyond the noise: the whole interval lies below 1."""
         return self.interval.high < 1.0
+
+    @property
+    def verdict(self) -> str:
+        """`faster` or `slower` where the whole interval lies to that side of 1."""
+        return (
+            "faster"
+            if self.distinguishable
+            else "slower"
+            if self.interval.low > 1.0
+            else "no difference seen"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,21 @@ from torch import nn
 
 import fxprune
 import fxprune.api  # before any test patches what it imports
-from fxprune.errors import NoRegionError, SourceError
+from fxprune.errors import (
+    AgreementError,
+    CalibrationError,
+    ExportError,
+    NoRegionError,
+    ParityError,
+    SourceError,
+    TargetError,
+)
+from fxprune.export import serving
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.reports import tables
 from fxprune.shell import arguments, cli, images, sources
+from fxprune.timing import latency
 
 
 class Residual(nn.Module):
@@ -525,8 +535,13 @@ def test_an_unwritable_folder_is_found_before_anything_else(
         (NoRegionError("nothing\nto drop"), 1),
         (fxprune.errors.OptionError("k is 9"), 2),
         (SourceError("there is no such file"), 2),
+        (CalibrationError("an image is not finite"), 2),
+        (TargetError("1.5 is out of reach"), 3),
+        (AgreementError("min_agreement is 0.9"), 4),
+        (ExportError("no ONNX form"), 1),
+        (ParityError("onnxruntime disagrees", max_abs_diff=1.0, tolerance=0.1), 5),
         (OSError(28, "No space left on device"), 1),
-        (MemoryError(), 1),
+        (MemoryError(), 6),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -539,7 +554,7 @@ def test_errors_are_one_line_and_a_code(traced, replace, capsys, error: BaseExce
 
 def test_memory_that_ran_out_brings_advice(traced, replace, capsys) -> None:
     replace("discover", MemoryError())
-    assert cli.main(["inspect", "m"]) == 1
+    assert cli.main(["inspect", "m"]) == 6
     err = capsys.readouterr().err
     assert all(option in err for option in ("--cache-mib", "--images", "--latency-batch", "scores are kept"))
 
@@ -550,13 +565,60 @@ def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> Non
     assert caplog.records[-1].exc_info is not None
 
 
+QUIET = """
+import logging, sys, warnings
+import fxprune
+from fxprune.shell import cli, sources
+from tests.test_cli import DISCOVERY, Residual
+
+def discover(gm, **rest):
+    logging.getLogger("fxprune").warning("a log")
+    warnings.warn("a warning")
+    if "fail" in sys.argv:
+        raise fxprune.FxpruneError("an error")
+    return DISCOVERY
+
+sources.load_model = lambda name: Residual()
+fxprune.discover = discover
+sys.exit(cli.main(["inspect", "m", "--size", "8", "--json", *sys.argv[1:2]]))
+"""
+
+
+@pytest.mark.parametrize(("flag", "outcome"), [("--quiet", ""), ("--quiet", "fail"), ("--json", "")])
+def test_standard_output_holds_the_result_and_a_quiet_command_says_nothing_else(
+    flag: str, outcome: str
+) -> None:
+    command = [sys.executable, "-c", QUIET, flag, outcome]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
+    )
+    said = [words for words in ("a log", "a warning", "an error") if words in done.stderr]
+    if outcome:
+        assert (done.returncode, done.stdout, said) == (1, "", ["an error"])
+        assert done.stderr == "fxprune: error: an error\n"
+    else:
+        assert len(json.loads(done.stdout)["regions"]) == 2
+        assert said == ([] if flag == "--quiet" else ["a log", "a warning"])
+        assert done.stderr or flag != "--json"
+
+
+def test_quiet_draws_no_bars_and_skips_in_silence(traced, replace, photos, capsys) -> None:
+    compress, _ = replace("compress", traced.result), replace("report", Report())
+    assert cli.main(["compress", "m", "--k", "1", "--data", str(photos), "--size", "8", "--quiet"]) == 0
+    assert compress.kwargs["progress"] is False
+    assert capsys.readouterr().err == ""
+
+
 def test_unknown_networks_are_reported(capsys) -> None:
     assert cli.main(["inspect", "torchvision:resnet43"]) == 2
     assert "resnet34" in capsys.readouterr().err
 
 
 def timing(median: float) -> Latency:
-    return Latency("onnxruntime-cpu", "Some CPU", (4, 3, 8, 8), 2, median, median * 1.1, median / 50, 30)
+    tail = (median * 1.05, median * 1.2)
+    return Latency(
+        "onnxruntime-cpu", "Some CPU", (4, 3, 8, 8), 2, median, median * 1.1, median / 50, 30, *tail
+    )
 
 
 def write_onnx(path: Path, *shape: object) -> str:
@@ -567,28 +629,52 @@ def write_onnx(path: Path, *shape: object) -> str:
     return str(path)
 
 
-def test_measure_prints_medians_spread_and_interval(replace, tmp_path, capsys) -> None:
-    measure = replace("measure", LatencyComparison(timing(0.004), timing(0.003), 0.75, Interval(0.74, 0.76)))
-    files = [write_onnx(tmp_path / name, "batch", 3, 8, 8) for name in ("a.onnx", "b.onnx")]
+def compared(ratio: float, low: float, high: float) -> LatencyComparison:
+    return LatencyComparison(timing(0.004), timing(0.004 * ratio), ratio, Interval(low, high))
+
+
+@pytest.fixture
+def timed(replace) -> Recorder:
+    results = (compared(0.75, 0.74, 0.76), compared(1.5, 1.4, 1.6), compared(0.99, 0.9, 1.01))
+    replace("open_session", None, serving)
+    replace("conditions", {"provider": "CPUExecutionProvider"}, serving)
+    return replace("compare", results, latency)
+
+
+def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, capsys) -> None:
+    files = [write_onnx(tmp_path / f"{name}.onnx", "batch", 3, 8, 8) for name in "abcd"]
     assert cli.main(["measure", *files, "--batch", "4", "--rounds", "9", "--threads", "2"]) == 0
-    assert measure.args == tuple(files)
-    assert measure.kwargs["inputs"][0].shape == (4, 3, 8, 8)
-    assert measure.kwargs["backend"] == "onnxruntime-cpu"
-    settings = measure.kwargs["settings"]
+    assert timed.args[:2] == (files[0], files[1:]) and timed.args[2][0].shape == (4, 3, 8, 8)
+    assert timed.kwargs["backend"] == "onnxruntime-cpu"
+    settings = timed.kwargs["settings"]
     assert (settings.min_rounds, settings.max_rounds, settings.threads) == (9, 9, 2)
     out = capsys.readouterr().out
-    assert "after / before 0.7500 (95% interval 0.7400 to 0.7600), 1.33 times as fast\n" in out
+    lines = out.splitlines()
+    assert lines[2].split()[:7] == [files[0], "4", "4.2", "4.4", "4.8", "1000", "30"]
+    for line, words in zip(
+        lines[3:6],
+        (
+            "0.7500 (95% 0.7400 to 0.7600), faster",
+            "1.5000 (95% 1.4000 to 1.6000), slower",
+            "0.9900 (95% 0.9000 to 1.0100), no difference seen",
+        ),
+        strict=True,
+    ):
+        assert line.rstrip().endswith(words)
     assert "onnxruntime-cpu on Some CPU, 2 threads, batch shape 4x3x8x8" in out
     assert cli.main(["measure", *files, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["interval"] == {"low": 0.74, "high": 0.76, "level": 0.95}
+    data = json.loads(capsys.readouterr().out)
+    assert [one["file"] for one in (data["before"], *data["after"])] == files
+    assert data["after"][0]["interval"] == {"low": 0.74, "high": 0.76, "level": 0.95}
+    assert data["options"]["provider"] == "CPUExecutionProvider" and data["options"]["warmup"] == 5
 
 
-def test_measure_refuses_networks_with_different_inputs(replace, tmp_path, capsys) -> None:
-    measure = replace("measure", None)
-    files = [write_onnx(tmp_path / "a.onnx", 1, 3, 8, 8), write_onnx(tmp_path / "b.onnx", 1, 3, 9, 9)]
+def test_measure_refuses_networks_with_different_inputs(timed, tmp_path, capsys) -> None:
+    shapes = {"a": (1, 3, 8, 8), "b": (1, 3, 8, 8), "c": (1, 3, 9, 9)}
+    files = [write_onnx(tmp_path / f"{name}.onnx", *shape) for name, shape in shapes.items()]
     assert cli.main(["measure", *files]) == 2
-    assert measure.calls == []
-    assert "different inputs" in capsys.readouterr().err
+    assert timed.calls == []
+    assert f"{files[0]} and {files[2]} take different inputs" in capsys.readouterr().err
 
 
 def test_demo_prints_its_table_or_the_figures(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path) -> None:

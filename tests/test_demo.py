@@ -13,6 +13,7 @@ from torch.fx import symbolic_trace
 from fxprune.errors import ArtifactError, SourceError
 from fxprune.reports.compression import CompressionReport
 from fxprune.shell import demo
+from tests.test_json import validate
 
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
 
@@ -79,6 +80,7 @@ def test_unwritable_folder_stops_before_training(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_whole_demo(tmp_path: Path) -> None:
     figures = demo.run(tmp_path, seed=0, progress=False)
+    validate("demo", figures)
     assert figures["accuracy"]["before"] >= 0.97
     assert figures["accuracy"]["after"] >= 0.95
     assert len(figures["dropped"]) == 3

@@ -15,12 +15,14 @@ import pytest
 import fxprune
 from benchmarks import claims
 from benchmarks.common import options
-from fxprune.shell import cli
+from fxprune import errors
+from fxprune.shell import cli, exits
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [
     ROOT / "README.md",
     ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "pipelines.md",
     ROOT / "docs" / "save_load_fine_tune.md",
     ROOT / "docs" / "writing_a_pass.md",
 ]
@@ -63,6 +65,21 @@ def test_blocks_that_need_data_use_names_that_exist(path: Path) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def made(kind: type[Exception]) -> Exception:
+    return kind("why", max_abs_diff=1.0, tolerance=0.1) if kind is errors.ParityError else kind("why")
+
+
+def test_exit_codes_are_those_of_the_page() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \|.*\| (.*) \|$", (ROOT / "docs" / "pipelines.md").read_text(), re.MULTILINE
+    )
+    listed = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed.pop("KeyboardInterrupt") == exits.INTERRUPTED
+    kinds = {name: getattr(errors, name) for name in listed}
+    assert {name: exits.exit_code(made(kind)) for name, kind in kinds.items()} == listed
+    assert {kind for kind, _ in exits._CODES} == {*kinds.values()} - {errors.FxpruneError}
 
 
 def test_commands_of_the_readme_are_understood() -> None:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torchvision.models import VisionTransformer
 
+import fxprune
 from fxprune.errors import ExportError, OptionError, ParityError
-from fxprune.export import onnx_file, serving
+from fxprune.export import conversion, onnx_file, parity, serving
 from fxprune.export.attention import FourDimensionalAttention
 from fxprune.graph.call import Inputs
 from fxprune.tracing.evaluation import evaluation_copy
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Small(nn.Module):
@@ -79,7 +88,7 @@ def test_the_file_equals_the_network_at_every_batch_size(
     model = make()
     record = onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(1, 3, 8, 8)])
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-    assert record.batch_sizes == (1, 2, 5)
+    assert record.batch_sizes == (1, 2, 7)
     assert 0 <= record.max_abs_diff <= record.tolerance < 1e-2
     assert record.bytes == (tmp_path / "m.onnx").stat().st_size
     proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
@@ -111,8 +120,11 @@ def test_several_inputs_and_nested_outputs(tmp_path: Path, named: bool) -> None:
     left, right = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     inputs = {"right": right, "left": left} if named else [left, right]
     record = onnx_file.export_onnx(Several(), tmp_path / "m.onnx", inputs)
-    assert set(record.inputs) == {"left", "right"}
-    assert len(record.outputs) == 3
+    assert record.inputs == (("right", "left") if named else ("input", "input_1"))
+    assert record.outputs == ("sum", "more_0", "more_1")
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert tuple(entry.name for entry in proto.graph.input) == record.inputs
+    assert tuple(entry.name for entry in proto.graph.output) == record.outputs
 
 
 def test_unverified_files_say_so(tmp_path: Path) -> None:
@@ -124,6 +136,8 @@ def test_unverified_files_say_so(tmp_path: Path) -> None:
 def test_image_size_may_stay_free(tmp_path: Path) -> None:
     model = Small().eval()
     onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 8, 10)], dynamic_image_size=True)
+    shape = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape
+    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 3, "height", "width"]
     x = torch.randn(3, 3, 13, 17)
     (y,) = serving.run(serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
     with torch.no_grad():
@@ -166,15 +180,15 @@ def test_attention_over_any_number_of_dimensions(
 def test_a_graph_that_the_optimizer_breaks_is_written_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    convert = onnx_file._convert
+    convert = onnx_file.convert
 
-    def broken(*arguments: Any, optimize: bool) -> onnx.ModelProto:
-        proto = convert(*arguments, optimize=optimize)
+    def broken(*arguments: Any, optimize: bool, **rest: Any) -> ir.Model:
+        model = convert(*arguments, optimize=optimize, **rest)
         if optimize:
-            proto.graph.node[0].input[0] = "nowhere"
-        return proto
+            next(iter(model.graph)).replace_input_with(0, ir.val("nowhere"))
+        return model
 
-    monkeypatch.setattr(onnx_file, "_convert", broken)
+    monkeypatch.setattr(onnx_file, "convert", broken)
     record = onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert record.max_abs_diff <= record.tolerance
     assert "nowhere" in caplog.text
@@ -193,16 +207,22 @@ def test_a_vision_transformer_in_half_precision_does_not_end_the_process(tmp_pat
     assert record.max_abs_diff <= record.tolerance
 
 
+def as_it_comes(model: nn.Module, *inputs: Tensor) -> ir.Model:
+    """What the exporter makes of a network."""
+    plain = {"opset": None, "ir_version": None, "dynamic_image_size": False, "optimize": True}
+    return conversion.convert(evaluation_copy(model), Inputs(inputs), **plain)
+
+
 @pytest.fixture(scope="module")
 def linear() -> tuple[nn.Module, onnx.ModelProto]:
     model = nn.Linear(3, 2)
-    return model, onnx_file._wellformed(evaluation_copy(model), Inputs((torch.randn(3, 3),)), None, False)
+    return model, ir.to_proto(as_it_comes(model, torch.randn(3, 3)))
 
 
 @pytest.fixture
 def converted(linear: tuple[nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A network whose conversion, the slow part, is done already."""
-    monkeypatch.setattr(onnx_file, "_wellformed", lambda *args: linear[1])
+    monkeypatch.setattr(onnx_file, "convert", lambda *args, **options: ir.from_proto(linear[1]))
     return linear[0]
 
 
@@ -250,25 +270,44 @@ def test_an_interruption_leaves_no_file(
     def interrupt(*arguments: object) -> None:
         raise stop
 
-    monkeypatch.setattr(onnx_file, "_compare", interrupt)
+    monkeypatch.setattr(onnx_file, "compare", interrupt)
     with pytest.raises((KeyboardInterrupt, ExportError), match=r"by the user|disk is full"):
         onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("opset", [7, 17, 999])
+@pytest.mark.parametrize(
+    ("opset", "words"),
+    [(7, r"onnx's converter cannot make it out of 18"), (999, r"exporter writes \d+ instead")],
+)
 def test_an_opset_that_cannot_be_had_is_refused(
-    tmp_path: Path, opset: int, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, opset: int, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ExportError, match=rf"opset={opset} was asked for.*Small in opset \d+"):
+    with pytest.raises(ExportError, match=rf"opset={opset} was asked for.*{words}.*Ask for \d+"):
         onnx_file.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], opset=opset)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_opset_is_obeyed(tmp_path: Path) -> None:
-    record = onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", [torch.randn(2, 3)], opset=19)
-    assert record.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 19
+@pytest.mark.parametrize(("opset", "ir_version"), [(19, None), (17, 8), (14, 7)])
+def test_versions_are_obeyed(tmp_path: Path, opset: int, ir_version: int | None) -> None:
+    record = onnx_file.export_onnx(
+        Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], opset=opset, ir_version=ir_version
+    )
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
+    assert (record.opset, record.ir_version) == (opset, proto.ir_version)
+    assert ir_version in (None, proto.ir_version)
+    assert (record.inputs, record.outputs) == (("input",), ("output",))
+    assert not any(node.metadata_props for node in proto.graph.node) or proto.ir_version >= 10
+
+
+@pytest.mark.parametrize("ir_version", [3, 99])
+def test_a_file_format_that_cannot_hold_the_opset_is_refused(converted: nn.Module, ir_version: int) -> None:
+    with pytest.raises(
+        ExportError, match=rf"ir_version={ir_version} was asked for.*writes opset \d+ in \d+ to \d+"
+    ):
+        conversion._in_format(onnx_file.convert(), ir_version)
 
 
 def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
@@ -280,22 +319,23 @@ def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_pat
 
 def test_nodes_inside_of_branches_forget_their_sources_too() -> None:
     inner = onnx.helper.make_node("Relu", ["x"], ["y"])
-    outer = onnx.helper.make_node(
-        "If", ["c"], ["y"], then_branch=onnx.helper.make_graph([inner], "g", [], [])
-    )
-    graph = onnx.helper.make_graph([outer], "g", [], [])
-    inner = graph.node[0].attribute[0].g.node[0]
-    for node in (graph.node[0], inner):
+    branches = {f"{name}_branch": onnx.helper.make_graph([inner], name, [], []) for name in ("then", "else")}
+    outer = onnx.helper.make_node("If", ["c"], ["z"], **branches)
+    graph = onnx.helper.make_graph([outer], "g", [], [], doc_string="secret")
+    for node in (graph.node[0], *(attribute.g.node[0] for attribute in graph.node[0].attribute)):
         node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="secret")
         node.metadata_props.add(key="namespace", value="blocks.0")
-    onnx_file._forget_sources(graph)
-    assert b"secret" not in graph.SerializeToString()
-    assert [entry.value for entry in inner.metadata_props] == ["blocks.0"]
+        node.doc_string = "secret"
+    model = ir.from_proto(onnx.helper.make_model(graph))
+    conversion._forget_sources(model)
+    data = ir.to_proto(model).SerializeToString()
+    assert b"secret" not in data and data.count(b"blocks.0") == 3
 
 
 def test_what_a_killed_export_left_behind_goes(tmp_path: Path, converted: nn.Module) -> None:
     left = tmp_path / ".m-1-0123abcd.onnx"
-    left.write_bytes(b"half")
+    left.mkdir()
+    (left / "m.onnx").write_bytes(b"half")
     os.utime(left, (0, 0))
     onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
@@ -345,13 +385,26 @@ def test_what_cannot_be_written_is_explained(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_beyond_protobuf_is_refused_before_any_work(tmp_path: Path) -> None:
-    model = nn.Linear(1, 1)
-    # A sparse file: it claims its size and takes no memory.
-    table = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**29, dtype=torch.float32)
-    model.register_buffer("table", table)
-    with pytest.raises(ExportError, match="2 GiB"):
-        onnx_file._require_single_file(model)
+def test_weights_beyond_what_protobuf_holds_lie_beside_the_file(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.onnx"
+    onnx_file.export_onnx(converted, path, [torch.randn(2, 3)])
+    inside = path.read_bytes()
+    monkeypatch.setattr(onnx_file, "_SINGLE_FILE_BYTES", 1)
+    monkeypatch.setattr(onnx_file.ir, "save", partial(onnx_file.ir.save, size_threshold_bytes=0))
+    record = onnx_file.export_onnx(converted, path, [torch.randn(2, 3)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert record.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    table = converted.weight.detach().numpy().tobytes()
+    assert (
+        table in inside
+        and table not in path.read_bytes()
+        and table in (tmp_path / "m.onnx.data").read_bytes()
+    )
+    x = torch.randn(3, 3)
+    (y,) = serving.run(serving.open_session(path, device="cpu", threads=1), [x])
+    np.testing.assert_allclose(y, converted(x).detach().numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +422,185 @@ def test_unfit_options_are_refused(tmp_path: Path, inputs: list[Tensor], options
         onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", inputs, **options)
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, converted: nn.Module) -> None:
+def test_a_folder_is_made_before_the_export(tmp_path: Path, converted: nn.Module) -> None:
+    onnx_file.export_onnx(converted, tmp_path / "new" / "m.onnx", [torch.randn(2, 3)])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.onnx"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "convert", lambda *args, **options: pytest.fail("the export began"))
+    (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot be written"):
-        onnx_file.export_onnx(converted, tmp_path / "missing" / "m.onnx", [torch.randn(2, 3)])
+        onnx_file.export_onnx(nn.Linear(3, 2), tmp_path / "file" / "m.onnx", [torch.randn(2, 3)])
+    with pytest.raises(ExportError, match="is a folder: name the file"):
+        onnx_file.export_onnx(nn.Linear(3, 2), tmp_path, [torch.randn(2, 3)])
+
+
+def test_names_can_be_given(tmp_path: Path) -> None:
+    inputs = {"right": torch.randn(2, 3, 4), "left": torch.randn(2, 3, 4)}
+    names = {
+        "input_names": ["r", "mul"],
+        "output_names": ["add", "double", "left"],
+    }  # what nodes are called too
+    record = onnx_file.export_onnx(Several(), tmp_path / "m.onnx", inputs, **names)
+    assert record.inputs == ("r", "mul") and record.outputs == ("add", "double", "left")
+    session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
+    total, double, right = session.run(
+        ["add", "double", "left"], {"mul": inputs["left"].numpy(), "r": inputs["right"].numpy()}
+    )
+    np.testing.assert_allclose(total, (inputs["left"] + inputs["right"]).numpy())
+    np.testing.assert_allclose(double, 2 * inputs["left"].numpy())
+    np.testing.assert_allclose(right, inputs["right"].flatten(1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"input_names": ["a"]}, "network has 2 inputs, and 1 names"),
+        ({"output_names": ["a", "b", "c", "d"]}, "network has 3 outputs, and 4 names"),
+        ({"input_names": ["a", "a"]}, "a name of its own"),
+        ({"output_names": ["a", "", "c"]}, "a name of its own"),
+        ({"input_names": ["a", "b"], "output_names": ["c", "b", "d"]}, "'b' names an input and an output"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_before_the_export(
+    tmp_path: Path, names: dict[str, list[str]], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "convert", lambda *args, **options: pytest.fail("the export began"))
+    with pytest.raises(OptionError, match=words):
+        onnx_file.export_onnx(
+            Several(), tmp_path / "m.onnx", [torch.randn(2, 3, 4), torch.randn(2, 3, 4)], **names
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Starred(nn.Module):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return xs[0] + xs[1]
+
+
+def test_inputs_may_arrive_through_args(tmp_path: Path) -> None:
+    record = onnx_file.export_onnx(Starred(), tmp_path / "m.onnx", [torch.randn(2, 3), torch.randn(2, 3)])
+    assert record.inputs == ("input", "input_1")
+
+
+class Through(nn.Module):
+    """Returns its input, and one value twice."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = 2 * x
+        return {"input": x, "y": y, "again": y}
+
+
+def test_outputs_that_are_one_value_have_names_of_their_own(tmp_path: Path) -> None:
+    record = onnx_file.export_onnx(Through(), tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert (record.inputs, record.outputs) == (("input",), ("input_", "y", "again"))
+
+
+class Shared(nn.Module):
+    """Two convolutions of one width read one tensor, each with a batch norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        for norm in self.norms:
+            nn.init.normal_(norm.bias)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norms[0](self.left(x)) + self.norms[1](self.right(x))))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_batch_norms_are_folded_before_the_exporter_sees_them(
+    tmp_path: Path, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[nn.Module] = []
+    convert = onnx_file.convert
+    monkeypatch.setattr(
+        onnx_file, "convert", lambda net, *a, **kw: (seen.append(net), convert(net, *a, **kw))[1]
+    )
+    model = symbolic_trace(Shared()) if traced else Shared()
+    onnx_file.export_onnx(model, tmp_path / "m.onnx", [torch.randn(2, 3, 4, 4)])
+    assert [type(m) for m in seen[0].modules() if isinstance(m, nn.BatchNorm2d)] == []
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 2
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds == ["Conv", "Conv", "Add", "Relu", "Conv"]
+
+
+def test_a_bias_that_overwrote_anothers_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What onnxscript 0.5.0 to 0.5.6 wrote of two batch norms behind one tensor; onnx.checker accepts it."""
+    convert = onnx_file.convert
+
+    def overwritten(*arguments: Any, **options: Any) -> ir.Model:
+        model = convert(*arguments, **options)
+        first, second = [node for node in model.graph if node.op_type == "Conv"][:2]
+        first.replace_input_with(2, second.inputs[2])
+        return model
+
+    monkeypatch.setattr(onnx_file, "convert", overwritten)
+    with pytest.raises(ParityError, match=r"disagrees with torch by .* \(batch size \d, onnxruntime"):
+        onnx_file.export_onnx(Shared(), tmp_path / "m.onnx", [torch.randn(2, 3, 4, 4)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["unoptimised", "optimised"])
+def test_both_sessions_are_compared(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    genuine_open, genuine_run, wrong = serving.open_session, serving.run, []
+
+    def open_session(*args: Any, optimised: bool, **options: Any) -> Any:
+        session = genuine_open(*args, optimised=optimised, **options)
+        if optimised == broken:
+            wrong.append(session)
+        return session
+
+    monkeypatch.setattr(serving, "open_session", open_session)
+    monkeypatch.setattr(serving, "run", lambda s, inputs: [y + (s in wrong) for y in genuine_run(s, inputs)])
+    with pytest.raises(ParityError, match=rf"onnxruntime {'optimised' if broken else 'unoptimised'}\)"):
+        onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+
+
+def test_examples_are_compared_as_they_are_where_there_are_enough() -> None:
+    seven = Inputs((torch.randn(7, 3),))
+    for batch in parity.BATCH_SIZES:
+        assert torch.equal(parity.resized(seven, batch, seed=0).args[0], seven.args[0][:batch])
+    rows = parity.resized(Inputs((torch.randn(2, 3),)), 7, seed=0).args[0]
+    assert rows.shape == (7, 3) and len({tuple(row.tolist()) for row in rows}) == 7
+
+
+def test_the_file_says_what_it_is(tmp_path: Path, converted: nn.Module) -> None:
+    cuts, x = ["layer1.0", "layer2.1"], [torch.randn(2, 3)]
+    record = onnx_file.export_onnx(converted, tmp_path / "m.onnx", x, cuts=cuts)
+    about = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert about == {
+        "fxprune.version": fxprune.__version__,
+        "fxprune.cuts": json.dumps(cuts),
+        "fxprune.weights_sha256": record.weights,
+    }
+    other = copy.deepcopy(converted)
+    assert onnx_file.export_onnx(other, tmp_path / "m.onnx", x, verify=False).weights == record.weights
+    nn.init.zeros_(other.bias)
+    assert onnx_file.export_onnx(other, tmp_path / "m.onnx", x, verify=False).weights != record.weights
+
+
+TWICE = """
+import sys, torch
+from torch import nn
+from fxprune.export.onnx_file import export_onnx
+torch.manual_seed(0)
+branch = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+export_onnx(nn.Sequential(branch, branch, nn.Dropout()), sys.argv[1], [torch.randn(2, 3, 8, 8)], verify=False)
+"""
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", TWICE, str(tmp_path / seed)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()

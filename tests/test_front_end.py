@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.errors import NoRegionError
 from fxprune.graph.opaque import OpaquePart, opaque_note, opaque_parts
-from fxprune.shell.inspection import describe, tables
+from fxprune.reports.inspection import describe, tables
 from tests.doubles import brief
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.artifacts import results
 from fxprune.artifacts.results import Results
-from fxprune.errors import ArtifactError, ExportError, OptionError, OutOfMemoryError
-from fxprune.export import artifact
+from fxprune.errors import (
+    AgreementError,
+    ArtifactError,
+    ExportError,
+    OptionError,
+    OutOfMemoryError,
+    ParityError,
+)
+from fxprune.export import artifact, serving
 from fxprune.pipeline import closing, stages
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
@@ -63,10 +71,31 @@ def test_a_folder_holds_the_network_and_a_report_about_it(tmp_path: Path) -> Non
 
 
 def test_onnx_files_belong_to_the_results_when_asked_for(tmp_path: Path) -> None:
-    compress(tmp_path, 2, onnx=True)
+    (tmp_path / "model.onnx.data").write_text("of an earlier run")
+    small = compress(tmp_path, 2, onnx=True)
     assert report_of(tmp_path)["files"].keys() == FILES | {"model.onnx", "original.onnx"}
-    nodes = [len(onnx.load(tmp_path / name).graph.node) for name in ("model.onnx", "original.onnx")]
-    assert nodes[0] < nodes[1]
+    model, original = (onnx.load(tmp_path / name) for name in ("model.onnx", "original.onnx"))
+    kinds = [Counter(node.op_type for node in one.graph.node) for one in (original, model)]
+    assert kinds[0] - kinds[1] == Counter(Conv=4, Relu=2, Add=2) and not kinds[1] - kinds[0]
+    for one, cuts in ((model, fxprune.report(small).plan.chosen), (original, ())):
+        assert [entry.name for entry in (*one.graph.input, *one.graph.output)] == ["input", "output"]
+        assert {e.key: e.value for e in one.metadata_props}["fxprune.cuts"] == json.dumps(cuts)
+
+
+def test_onnx_files_are_compared_on_the_calibration_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def run(session: object, inputs: tuple[Tensor, ...]) -> list[Any]:
+        seen.append(inputs[0])
+        return genuine(session, inputs)
+
+    genuine = serving.run
+    monkeypatch.setattr(serving, "run", run)
+    compress(tmp_path, 2, onnx=True)
+    assert len(seen) == 2 * 2 * 3  # two files, unoptimised and optimised, at three batch sizes
+    assert all(torch.equal(batch, images()[: len(batch)]) for batch in seen)
 
 
 def test_results_of_a_part_hold_the_part(tmp_path: Path) -> None:
@@ -89,7 +118,7 @@ def test_a_run_that_misses_its_agreement_leaves_its_own_files_and_no_others(
 ) -> None:
     compress(tmp_path, 1, onnx=True)
     monkeypatch.setattr("fxprune.recovery.fidelity.agreement", lambda *_: 0.5)
-    with pytest.raises(OptionError, match=r"min_agreement is 1.0, but .* holds that network"):
+    with pytest.raises(AgreementError, match=r"min_agreement is 1.0, but .* holds that network"):
         compress(tmp_path, 3, min_agreement=1.0)
     report = report_of(tmp_path)
     assert len(report["plan"]["chosen"]) == 3 and report["files"].keys() == FILES
@@ -162,6 +191,20 @@ def test_a_page_that_cannot_be_written_is_said_in_the_report(
     report = report_of(tmp_path)
     assert report["files"].keys() == NETWORK_FILES
     assert report["notes"] == ["no room for a page"]
+
+
+def test_a_file_that_would_be_wrong_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(network: object, path: Path, *_: Any, **__: Any) -> None:
+        if path.name == "original.onnx":
+            raise ParityError("it disagrees", max_abs_diff=0.5, tolerance=0.1)
+        raise ExportError("there is no ONNX form")
+
+    monkeypatch.setattr(closing, "export_onnx", wrong)
+    with pytest.raises(
+        ParityError, match=r"no ONNX form; it disagrees.*holds what could be written"
+    ) as caught:
+        compress(tmp_path, 1, onnx=True, model=tiny(5))
+    assert (caught.value.max_abs_diff, caught.value.tolerance) == (0.5, 0.1)
 
 
 def test_an_old_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:

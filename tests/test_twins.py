@@ -10,7 +10,7 @@ import fxprune
 from fxprune.errors import PreconditionError
 from fxprune.graph.regions import Region
 from fxprune.passes import DropRegions
-from fxprune.shell.inspection import describe
+from fxprune.reports.inspection import describe
 from tests.doubles import brief, count_latency
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fxprune.errors import ArtifactError, ExportError
+from fxprune.errors import ArtifactError, ExportError, FxpruneError
 from fxprune.files import write_text_atomic
 
 __all__ = ["Results"]
@@ -33,7 +33,7 @@ class Results:
 
     def __init__(self, folder: Path | None, report: str, names: Sequence[str]) -> None:
         self._folder, self._report, self._names = folder, report, tuple(names)
-        self.failures: list[str] = []
+        self.failures: list[FxpruneError] = []
 
     def begin(self) -> None:
         """Removes the files of the run before.
@@ -61,7 +61,7 @@ class Results:
             make(self._folder)
         except (ArtifactError, ExportError) as error:
             logger.warning("%s", error)
-            self.failures.append(str(error))
+            self.failures.append(error)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 (hex) of every file that was written, by name."""

@@ -22,7 +22,17 @@ __all__ = ["FILES", "NETWORK", "close_folder", "save_network", "write_plan"]
 NETWORK = ("model.pt2", "model.safetensors", "plan.json", "report.json")
 """What a network is made from again; the last of these may be missing."""
 
-FILES = (RECIPE, "plan.json", "model.pt2", "model.safetensors", "model.onnx", "original.onnx", PAGE)
+FILES = (
+    RECIPE,
+    "plan.json",
+    "model.pt2",
+    "model.safetensors",
+    "model.onnx",
+    "original.onnx",
+    "model.onnx.data",
+    "original.onnx.data",
+    PAGE,
+)
 """Whatever may stand beside a report."""
 
 

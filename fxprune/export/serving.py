@@ -14,7 +14,7 @@ import torch
 
 from fxprune.errors import DeviceError, MeasurementError
 
-__all__ = ["bound_call", "open_session", "run"]
+__all__ = ["bound_call", "conditions", "open_session", "run"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -25,16 +25,22 @@ Array = npt.NDArray[np.generic]
 
 
 def open_session(
-    path: str | os.PathLike[str], *, device: str, threads: int | None = None, half: bool = False
+    path: str | os.PathLike[str],
+    *,
+    device: str,
+    threads: int | None = None,
+    half: bool = False,
+    optimised: bool = True,
 ) -> ort.InferenceSession:
     """Open an ONNX file on a device, and nowhere else.
 
     Args:
-        path: A single-file ONNX network.
+        path: An ONNX network.
         device: `cpu` or `cuda`.
         threads: Intra-operator threads; `None` leaves the choice to onnxruntime.
         half: Whether the network computes in float16. On the CPU its memory layout is then left as it is: optimising
             that ends the whole process for some vision transformers (seen with onnxruntime 1.31).
+        optimised: Whether onnxruntime may rewrite the graph.
 
     Raises:
         DeviceError: The device, its provider or one of its libraries is missing.
@@ -44,7 +50,9 @@ def open_session(
         raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
     printed = _require_cuda() if device == "cuda" else ""
     options = ort.SessionOptions()
-    if half and device == "cpu":
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif half and device == "cpu":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
@@ -62,6 +70,17 @@ def open_session(
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
     return session
+
+
+def conditions(session: ort.InferenceSession) -> dict[str, object]:
+    """What onnxruntime was told, for a record: its version, the provider with all its options, how it optimises."""
+    provider = session.get_providers()[0]
+    return {
+        "onnxruntime": ort.__version__,
+        "provider": provider,
+        "provider_options": session.get_provider_options()[provider],
+        "graph_optimization": session.get_session_options().graph_optimization_level.name,
+    }
 
 
 def _require_cuda() -> str:

@@ -106,17 +106,6 @@ class Inputs:
         """The images at `indices` (int64, one-dimensional), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
-    def stand_in(self) -> Inputs:
-        """Noise of the same shapes: a network that is handed on must not carry the customer's images."""
-        generator = torch.Generator().manual_seed(0)
-
-        def noise(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return torch.zeros_like(tensor)
-            return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-
-        return self.map(noise)
-
 
 def input_names(model: Any) -> dict[str, bool]:
     """The network's inputs by name, and whether each is required; none of an exported program."""

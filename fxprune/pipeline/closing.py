@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,11 +14,12 @@ from fxprune.artifacts.recipe import ORIGIN, Origin
 from fxprune.artifacts.results import Results
 from fxprune.artifacts.saving import FILES, close_folder, write_plan
 from fxprune.discovery.planned import plan_of
-from fxprune.errors import ArtifactError, ExportError, OptionError
+from fxprune.errors import AgreementError, ArtifactError, ExportError, ParityError
 from fxprune.export.artifact import save
 from fxprune.export.onnx_file import export_onnx
+from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import write_text_atomic
-from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.graph.call import Inputs
 from fxprune.graph.examples import describe
 from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
@@ -44,13 +45,16 @@ logger = logging.getLogger(__name__)
 
 Figure = TypeVar("Figure")
 
+_ONNX_FILES = ("model.onnx", "original.onnx")
+
 
 def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     """Writes the network where a folder was given, measures it, reports, and puts it where the caller asked for it.
 
     Raises:
-        OptionError: `min_agreement` is missed; the folder holds what was reached.
-        ExportError: A file that was asked for cannot be written; the folder holds all others.
+        AgreementError: `min_agreement` is missed; the folder holds what was reached.
+        ExportError: A file that was asked for cannot be written, a `ParityError` where one would be wrong; the folder
+            holds all others.
     """
     small, example = recovered.graph, job.original.images.example(2)
     for name, parameter in small.named_parameters():
@@ -66,17 +70,21 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         judged = job.judge(small)
     report = _report(job, plan, recovered, latency, judged)
     if job.options.onnx:
-        for name, network in (("model.onnx", small), ("original.onnx", job.original.graph)):
-            results.write(_onnx_writer(name, network, example))
+        seven = job.original.images.example(max(BATCH_SIZES))
+        both = (small, plan.chosen), (job.original.graph, ())
+        for name, (network, cuts) in zip(_ONNX_FILES, both, strict=True):
+            results.write(_onnx_writer(name, network, seven, cuts))
     shown = _ended(report, results)
     results.write(lambda folder: write_text_atomic(folder / PAGE, page(shown)))
     report = _ended(report, results)
     results.end(report.to_json())
     results.write(lambda folder: close_folder(folder, small, origin))
     _require_agreement(job, report)
-    failures = same_everywhere(results.failures)
+    failures = same_everywhere([str(error) for error in results.failures])
     if failures and job.options.onnx:
-        raise ExportError(f"{'; '.join(failures)}. {job.folder} holds what could be written")
+        message = f"{'; '.join(failures)}. {job.folder} holds what could be written"
+        wrong = [error for error in results.failures if isinstance(error, ParityError)]
+        raise wrong[0].saying(message) if wrong else ExportError(message)
     small.meta.update({REPORT: report, ORIGIN: origin})
     if job.options.submodule is None:
         return small
@@ -109,7 +117,7 @@ def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoi
     report = replace(report, files=results.hashes())
     results.end(report.to_json())
     if results.failures:
-        raise ArtifactError("; ".join(results.failures))
+        raise ArtifactError("; ".join(map(str, results.failures)))
     return report
 
 
@@ -117,13 +125,15 @@ def _text_writer(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: write_text_atomic(folder / name, text)
 
 
-def _onnx_writer(name: str, network: fx.GraphModule, example: Inputs) -> Callable[[Path], object]:
-    return lambda folder: export_onnx(positional(network, example), folder / name, flat_tensors(example))
+def _onnx_writer(
+    name: str, network: fx.GraphModule, images: Inputs, cuts: Sequence[str]
+) -> Callable[[Path], object]:
+    return lambda folder: export_onnx(network, folder / name, images, cuts=cuts)
 
 
 def _ended(report: CompressionReport, results: Results) -> CompressionReport:
     """The report with what could not be written, and the hashes of what was."""
-    failures, files = same_everywhere((results.failures, results.hashes()))
+    failures, files = same_everywhere(([str(error) for error in results.failures], results.hashes()))
     return replace(report, notes=(*report.notes, *failures), files=files)
 
 
@@ -181,7 +191,7 @@ def _require_agreement(job: Job, report: CompressionReport) -> None:
     wanted, reached = job.options.min_agreement, report.held_back_agreement
     if wanted is not None and reached is not None and reached < wanted:
         kept = "" if job.folder is None else f"; {job.folder} holds that network"
-        raise OptionError(
+        raise AgreementError(
             f"min_agreement is {wanted}, but without {', '.join(report.plan.chosen)} the network agrees "
             f"with the original on {reached:.3f} of the held-back images; cut less, or give more images{kept}"
         )

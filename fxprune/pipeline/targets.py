@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.errors import OptionError
+from fxprune.errors import TargetError
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
 from fxprune.options import Options
@@ -23,19 +23,19 @@ def check_reach(job: Job) -> None:
     """Refuses a target that the original meets already, and one that not even the smallest network meets.
 
     Raises:
-        OptionError: With the latencies that were measured.
+        TargetError: With the latencies that were measured.
     """
     everything = largest_plan(job.discovery.regions)
     measured = latencies_without(job, [everything])[0]
     before, after = 1e3 * measured.before.median_s, 1e3 * measured.after.median_s
     where = f"({job.options.backend}, batch {job.latency_batch})"
     if job.options.target_latency_ms is not None and before <= job.options.target_latency_ms:
-        raise OptionError(
+        raise TargetError(
             f"the network takes {before:.3f} ms already, less than target_latency_ms, "
             f"{job.options.target_latency_ms} {where}: there is nothing to cut"
         )
     if not _meets(job.options, measured):
-        raise OptionError(
+        raise TargetError(
             f"{_target(job.options)} is out of reach: without all {len(everything)} regions the network takes "
             f"{after:.3f} ms instead of {before:.3f} ms, {1 / measured.ratio:.2f} times as fast {where}"
         )
@@ -45,7 +45,7 @@ def first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
     """The first plan on the path that meets the target, less what it does not need for that.
 
     Raises:
-        OptionError: None does.
+        TargetError: None does.
     """
     options = job.options
     missed: tuple[Region, ...] = ()
@@ -60,7 +60,7 @@ def first_to_meet(job: Job, planner: Planner) -> tuple[Region, ...]:
     else:
         furthest = latencies_without(job, [missed])[0]
         best = f"the furthest plan, {len(missed)} regions, is {1 / furthest.ratio:.2f} times as fast"
-    raise OptionError(f"{_target(options)} is out of reach: {best} ({options.backend})")
+    raise TargetError(f"{_target(options)} is out of reach: {best} ({options.backend})")
 
 
 def _meets(options: Options, measured: LatencyComparison) -> bool:

@@ -179,8 +179,8 @@ def add_sweep(parser: ArgumentParser) -> None:
 def add_measure(parser: ArgumentParser) -> None:
     """Arguments of `fxprune measure`."""
     add = parser.add_argument
-    add("before", metavar="BEFORE.onnx")
-    add("after", metavar="AFTER.onnx")
+    add("before", metavar="BEFORE.onnx", help="what the others are compared with")
+    add("after", metavar="AFTER.onnx", nargs="+")
     add("--backend", choices=_BACKENDS[1:], default="onnxruntime-cpu")
     add("--batch", type=_positive, metavar="N", help="batch size (the file's, or 1)")
     shape = "1,3,224,224"

@@ -1,8 +1,7 @@
 """The pipeline for the shell: `fxprune demo | inspect | compress | apply | sweep | measure | report`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
-else to stderr. Exit codes: 0 done, 1 an explained error, 2 wrong usage (an option, or a
-model, checkpoint or folder that cannot be found or used), 130 interrupted.
+else to stderr. Exit codes: 0 done, 2 wrong usage or input, 130 interrupted; `exits.py` tells the errors apart.
 
 Under `torchrun` every process runs `compress` and `sweep`; the first one alone prints results and writes files.
 """
@@ -15,8 +14,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fxprune.shell.arguments import (
     add_report,
     add_sweep,
 )
+from fxprune.shell.exits import INTERRUPTED, exit_code
 
 __all__ = ["main"]
 
@@ -53,22 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse exits by itself, with its message printed
         return stop.code if isinstance(stop.code, int) else 2
+    if args.quiet:
+        args.progress = False
     logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING,
+        level=logging.INFO if args.verbose else logging.ERROR if args.quiet else logging.WARNING,
         format="fxprune: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
     try:
-        with memory_explained():
+        with memory_explained(), warnings.catch_warnings():
+            if args.quiet:
+                warnings.simplefilter("ignore")
             args.run(args)
     except KeyboardInterrupt:
         print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (FxpruneError, OSError) as error:
         if args.verbose:
             logging.getLogger(__name__).exception("%s failed", args.command)
         print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (OptionError, SourceError)) else 1
+        return exit_code(error)
     return 0
 
 
@@ -84,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         add(command)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON in place of the table")
-        command.add_argument("--verbose", action="store_true", help="log progress and the origin of errors")
+        told = command.add_mutually_exclusive_group()
+        told.add_argument("--verbose", action="store_true", help="log progress and the origin of errors")
+        told.add_argument("--quiet", action="store_true", help="nothing but results, and errors on stderr")
     return parser
 
 
@@ -113,7 +120,7 @@ def _inspect(args: argparse.Namespace) -> None:
     import torch
 
     import fxprune
-    from fxprune.shell.inspection import describe, tables
+    from fxprune.reports.inspection import describe, tables
 
     model = _model(args)
     shape = args.input_shape or (1, 3, args.size, args.size)
@@ -173,7 +180,7 @@ def _recover(args: argparse.Namespace) -> None:
         else:
             small = fxprune.compress(model, loader, **settings, onnx=args.out is not None)
             report = fxprune.report(small)
-        if talks and loader.unreadable:
+        if talks and loader.unreadable and not args.quiet:
             count = len(loader.unreadable)
             print(f"fxprune: skipped {count} image files that could not be read", file=sys.stderr)
         if talks:
@@ -205,21 +212,26 @@ def _apply(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    import fxprune
-    from fxprune.shell.inspection import comparison, comparison_table
+    from fxprune.export import serving
+    from fxprune.reports.measurement import measurement, measurement_table
     from fxprune.shell.sources import onnx_inputs
-    from fxprune.timing.latency import TimingSettings
+    from fxprune.timing.latency import TimingSettings, compare
 
-    shapes = args.input_shape
-    inputs = onnx_inputs(args.before, batch=args.batch, shapes=shapes)
-    theirs = onnx_inputs(args.after, batch=args.batch, shapes=shapes)
-    if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in theirs]:
-        raise OptionError(f"{args.before} and {args.after} take different inputs: they cannot be compared.")
+    first, *others = files = [args.before, *args.after]
+    inputs = onnx_inputs(first, batch=args.batch, shapes=args.input_shape)
+    for other in others:
+        theirs = onnx_inputs(other, batch=args.batch, shapes=args.input_shape)
+        if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in theirs]:
+            raise OptionError(f"{first} and {other} take different inputs: they cannot be compared.")
     # a number of rounds that was asked for is taken, however long it lasts
     rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
     settings = TimingSettings(threads=args.threads, **rounds)
-    result = fxprune.measure(args.before, args.after, inputs=inputs, backend=args.backend, settings=settings)
-    _print(args, comparison(result), comparison_table(result))
+    results = compare(first, others, inputs, backend=args.backend, settings=settings)
+    session = serving.open_session(
+        first, device=args.backend.removeprefix("onnxruntime-"), threads=args.threads
+    )
+    data = measurement(files, results, {**asdict(settings), **serving.conditions(session)})
+    _print(args, data, measurement_table(data))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -252,7 +264,7 @@ _COMMANDS = (
     ("compress", add_compress, _recover, "cut, recover, export"),
     ("apply", add_apply, _apply, "make a compressed network again from its plan and its weights"),
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
-    ("measure", add_measure, _measure, "time two ONNX files alternately"),
+    ("measure", add_measure, _measure, "time ONNX files in turns"),
     ("report", add_report, _report, "show what a compression did, and write it as a page"),
 )
 

@@ -204,6 +204,7 @@ def _latencies(
 ) -> Iterator[Latency]:
     for one in contestants:
         quantiles = np.percentile(one.samples, range(0, 101, 5)).tolist()
-        quarter, median, three_quarters, p95 = (quantiles[i] for i in (5, 10, 15, 19))
-        iqr, runs = three_quarters - quarter, len(one.samples) * one.repeats
-        yield Latency(backend, device, shape, threads, median, p95, iqr, runs, tuple(quantiles))
+        quarter, median, three_quarters, p90, p95 = (quantiles[i] for i in (5, 10, 15, 18, 19))
+        p99 = float(np.percentile(one.samples, 99))
+        spread, runs = three_quarters - quarter, len(one.samples) * one.repeats
+        yield Latency(backend, device, shape, threads, median, p95, spread, runs, tuple(quantiles), p90, p99)

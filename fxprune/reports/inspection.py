@@ -1,4 +1,4 @@
-"""What `fxprune inspect` and `fxprune measure` show: one description, printed as a table or as JSON."""
+"""What `fxprune inspect` shows: one description, printed as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.nn import Parameter
 
 from fxprune.graph.opaque import opaque_parts
 from fxprune.graph.regions import Discovery, Region
-from fxprune.measurements import LatencyComparison
 from fxprune.reports.tables import render
 
-__all__ = ["comparison", "comparison_table", "describe", "tables"]
+__all__ = ["describe", "tables"]
 
 
 def describe(gm: GraphModule, found: Discovery) -> dict[str, Any]:
@@ -97,25 +96,3 @@ def tables(data: dict[str, Any]) -> str:
             + render(("module", "type", "parameters", "share"), hidden)
         )
     return "\n\n".join(parts)
-
-
-def comparison(result: LatencyComparison) -> dict[str, Any]:
-    """The measurement, ready for JSON; times in seconds."""
-    return {**asdict(result), "saved_s": result.saved_s, "distinguishable": result.distinguishable}
-
-
-def comparison_table(result: LatencyComparison) -> str:
-    """Medians with their spread, and the ratio with its interval; times in milliseconds."""
-    rows = [
-        (name, *(1e3 * seconds for seconds in (one.median_s, one.p95_s, one.iqr_s)), one.runs)
-        for name, one in (("before", result.before), ("after", result.after))
-    ]
-    table = render(("network", "median ms", "p95 ms", "iqr ms", "runs"), rows)
-    before, interval = result.before, result.interval
-    verdict = "" if result.distinguishable else "; not distinguishable from no gain"
-    return (
-        f"{table}\n\nafter / before {result.ratio:.4f} ({interval.level:.0%} interval {interval.low:.4f} to "
-        f"{interval.high:.4f}), {1 / result.ratio:.2f} times as fast{verdict}\n"
-        f"{before.backend} on {before.device}, {before.threads} threads, batch shape "
-        f"{'x'.join(map(str, before.batch_shape))}"
-    )
