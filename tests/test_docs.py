@@ -85,7 +85,9 @@ def test_exit_codes_are_those_of_the_page() -> None:
 def test_commands_of_the_readme_are_understood() -> None:
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fxprune ")]
-    assert {command[0] for command in commands} == {"demo", "inspect", "compress", "sweep", "measure"}
+    assert {command[0] for command in commands} == {
+        *("demo", "inspect", "compress", "apply", "sweep", "measure", "report")
+    }
     for command in commands:
         assert cli._parser().parse_args(command).command == command[0]
 
