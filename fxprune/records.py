@@ -52,7 +52,7 @@ def _restored(kind: Any, value: Any) -> Any:
         hints = get_type_hints(kind)
         known = {one.name: hints[one.name] for one in fields(kind) if one.name in value}
         return cast("Any", kind)(**{name: _restored(hint, value[name]) for name, hint in known.items()})
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, (list, tuple)):
         kinds = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
         return tuple(_restored(one, part) for one, part in zip(kinds, value, strict=True))
     if origin is Mapping:

@@ -615,10 +615,8 @@ def test_unknown_networks_are_reported(capsys) -> None:
 
 
 def timing(median: float) -> Latency:
-    tail = (median * 1.05, median * 1.2)
-    return Latency(
-        "onnxruntime-cpu", "Some CPU", (4, 3, 8, 8), 2, median, median * 1.1, median / 50, 30, *tail
-    )
+    times = {"median_s": median, "p90_s": median * 1.05, "p95_s": median * 1.1, "p99_s": median * 1.2}
+    return Latency("onnxruntime-cpu", "Some CPU", (4, 3, 8, 8), 2, iqr_s=median / 50, runs=30, **times)
 
 
 def write_onnx(path: Path, *shape: object) -> str:

@@ -66,8 +66,10 @@ def test_compress(folder: Path, labelled: bool, capsys: pytest.CaptureFixture[st
     arguments = [f"{FACTORY}:tiny", "--data", str(folder / "images"), "--size", "16", "--k", "1"]
     if labelled:
         arguments += ["--labels", str(folder / "labelled")]
-    data = printed(capsys, "compress", *arguments)
+    out = folder / "compressed"
+    data = printed(capsys, "compress", *arguments, "--out", str(out))
     assert len(data["plan"]["chosen"]) == 1 and len(data["plan"]["scores"]) == 4
+    assert printed(capsys, "report", str(out)) == data
 
 
 def test_sweep_and_its_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
