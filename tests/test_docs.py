@@ -73,7 +73,7 @@ def made(kind: type[Exception]) -> Exception:
 
 def test_exit_codes_are_those_of_the_page() -> None:
     rows = re.findall(
-        r"^\| (\d+) \|.*\| (.*) \|$", (ROOT / "docs" / "pipelines.md").read_text(), re.MULTILINE
+        r"^\| `(\d+)` \|.*\| (.*) \|$", (ROOT / "docs" / "pipelines.md").read_text(), re.MULTILINE
     )
     listed = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
     assert listed.pop("KeyboardInterrupt") == exits.INTERRUPTED
