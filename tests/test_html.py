@@ -104,7 +104,8 @@ def test_cut_regions_are_struck_out_among_the_others_of_their_stage(report: Comp
     assert re.findall(r"<h3>(.*?)</h3>", stage) == [SHAPE]
     assert len(re.findall(r'<li class="shade\d', stage)) == len(BLOCKS)
     scores = {score.region.label: score.score for score in report.plan.scores}
-    shades = {label: int(re.search(rf"shade(\d)[^>]*>\s*<\w+>{label}<", stage)[1]) for label in BLOCKS}  # type: ignore[index]
+    found = {label: re.findall(rf"shade(\d)[^>]*>\s*<\w+>{label}<", stage) for label in BLOCKS}
+    shades = {label: int(shade) for label, (shade,) in found.items()}
     ordered = sorted(BLOCKS, key=scores.__getitem__)
     assert [shades[label] for label in ordered] == sorted(shades.values())
     assert (shades[ordered[0]], shades[ordered[-1]]) == (0, 4)
@@ -234,7 +235,7 @@ def test_charts_stay_inside_and_are_named(report: CompressionReport) -> None:
     assert len(charts) == 2 and len(report.mimicking) == 2  # the last steps are looked at once, at their end
     assert all("<title" in chart and 'role="img"' in chart for chart in charts)
     for chart in charts:
-        width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())  # type: ignore[union-attr]
+        ((width, height),) = [map(int, size) for size in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)]
         paths = " ".join(re.findall(r'(?: d|points)="(.*?)"', chart))
         pairs = re.findall(r"(-?[\d.]+)[ ,](-?[\d.]+)", paths)
         assert pairs

@@ -253,4 +253,4 @@ def test_the_processor_has_a_name() -> None:
 
 def test_inputs_by_name_are_refused_in_words() -> None:
     with pytest.raises(OptionError, match="inputs is a dict: give the tensors in the order of forward"):
-        fxprune.measure(nn.Identity(), nn.Identity(), inputs={"x": torch.ones(1)})  # type: ignore[arg-type]
+        fxprune.measure(nn.Identity(), nn.Identity(), inputs={"x": torch.ones(1)})  # type: ignore[arg-type]  # refused

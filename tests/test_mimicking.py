@@ -340,8 +340,9 @@ def test_both_front_ends_lead_to_the_same_network(batch_norm: Any) -> None:
     for part in (network.stem, network.block, network.tail):
         part[0].bias = None  # normalised by the batch, its gradient is rounding, which is not the same twice
     states = []
-    for front_end in ("fx", "export"):
-        gm = fxprune.trace(network, pictures()[:2], front_end=front_end).requires_grad_(False)  # type: ignore[arg-type]
+    front_ends: tuple[FrontEnd, ...] = ("fx", "export")
+    for front_end in front_ends:
+        gm = fxprune.trace(network, pictures()[:2], front_end=front_end).requires_grad_(False)
         regions = fxprune.discover(gm).regions[:1]
         original = Original(gm, find_tap(gm), draw([pictures()]))
         student, _ = recovery.cut_and_fold(original, regions, {})

@@ -264,8 +264,10 @@ def test_a_part_is_made_again_in_its_whole(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="submodule 'net' of the model was compressed, and this Normed has"):
         fxprune.load(tmp_path, normed)
     with pytest.raises(GraphError, match=r"give model.get_submodule\('net'\)"):
-        fxprune.save(whole, tmp_path)  # type: ignore[arg-type]
-    fxprune.save(whole.get_submodule("net"), tmp_path / "part")  # type: ignore[arg-type]
+        fxprune.save(whole, tmp_path)  # type: ignore[arg-type]  # refused
+    part = whole.get_submodule("net")
+    assert isinstance(part, fx.GraphModule)
+    fxprune.save(part, tmp_path / "part")
     with pytest.raises(OptionError, match="only the inputs of its compressed part are known"):
         fxprune.export_onnx(whole, tmp_path / "model.onnx")
 

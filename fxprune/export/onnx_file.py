@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxprune._version import __version__
 from fxprune.errors import ArtifactError, ExportError, OptionError
@@ -23,6 +21,7 @@ from fxprune.export.parity import BATCH_SIZES, compare, resized
 from fxprune.export.running import run
 from fxprune.files import check_writable, replacing_with_company
 from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.graph.weights import hash_weights
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.trace import split_inputs
 
@@ -118,7 +117,7 @@ def export_onnx(
     names = settled(own, (input_names, output_names))
     reference, flat = positional(original, examples), Inputs(flat_tensors(examples))
     small = positional(folded(original, rows), examples)
-    weights = _fingerprint(original)
+    weights = hash_weights(original)
     about = {
         "fxprune.version": __version__,
         "fxprune.cuts": json.dumps(list(cuts)),
@@ -202,16 +201,6 @@ def writable(path: str | os.PathLike[str]) -> Path:
     except ArtifactError as error:
         raise ExportError(str(error)) from error
     return target
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of what the network holds."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _write(model: ir.Model, path: Path) -> None:

@@ -21,6 +21,7 @@ from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs
 from fxprune.graph.examples import describe
+from fxprune.graph.weights import hash_weights
 from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
@@ -35,7 +36,6 @@ from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.layout import layout
 from fxprune.reports.page import PAGE, page
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
-from fxprune.scoring.fingerprint import hash_weights
 from fxprune.selection.plans import BlockScore, DropPlan
 from fxprune.timing.environment import peak_memory, versions
 

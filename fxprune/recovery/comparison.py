@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -144,7 +144,7 @@ class Pair:
     """
 
     def __init__(
-        self, original: Original, student: fx.GraphModule, regions: Sequence[Region], operators: Iterable[str]
+        self, original: Original, student: fx.GraphModule, regions: Sequence[Region], operators: Sequence[str]
     ) -> None:
         self._original, self._student = original, student
         self.tap = surviving_tap(original.tap, regions)

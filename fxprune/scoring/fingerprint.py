@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune._version import __version__
 from fxprune.errors import OptionError
+from fxprune.graph.weights import bytes_of, hash_weights
 from fxprune.recovery.features import FeatureReader
 from fxprune.recovery.original import Original
 
-__all__ = ["Fingerprint", "bytes_of", "fingerprint_of", "hash_weights", "json_form"]
+__all__ = ["Fingerprint", "fingerprint_of", "json_form"]
 
 _FEW = 4
 """Images whose features are part of a fingerprint."""
@@ -144,18 +145,3 @@ def _settings_of(module: nn.Module) -> str:
     """Type, repr and plain attributes: strides and the like, which appear neither in the code nor in the weights."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
     return f"{type(module).__module__}.{type(module).__qualname__} {module!r} {sorted(plain.items())}"
-
-
-def hash_weights(gm: nn.Module) -> str:
-    """SHA-256 (hex) over parameters and buffers, in the order of their names."""
-    digest = hashlib.sha256()
-    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """The raw bytes of a tensor on any device, as a buffer that can be hashed."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from fxprune.errors import ArtifactError
 from fxprune.files import check_writable, write_bytes_atomic, write_json_atomic
 from fxprune.graph.regions import AdaptorSite, Region, Side, every_call
+from fxprune.graph.weights import bytes_of
 from fxprune.recovery.adaptors import AdaptorFit
-from fxprune.scoring.fingerprint import Fingerprint, bytes_of, json_form
+from fxprune.scoring.fingerprint import Fingerprint, json_form
 
 __all__ = ["ScoreStore", "content_of", "question_of"]
 
