@@ -35,6 +35,8 @@ class FitSettings:
         warmup: Iterations in which the rate rises from nothing, on top of the schedule.
         batch_size: Images a step, or all of them if there are fewer.
         max_pixels: Most pixels (height x width) a step, so that large images come in smaller batches.
+        dense_pixels: The same where the tap is what the network returns, as of one for segmentation: each place there
+            has an answer of its own, so that fewer images tell as much.
         batch_norm: `eval` keeps the running statistics, `train` normalises by the batch and updates them, `either`
             tries `train` first, then `eval`.
         augment: Whether images are cropped and flipped at random.
@@ -63,6 +65,7 @@ class FitSettings:
     warmup: int = 0
     batch_size: int = 64
     max_pixels: int | None = None
+    dense_pixels: int | None = None
     batch_norm: BatchNormMode = "eval"
     augment: bool = True
     cutmix: bool = False
@@ -87,6 +90,11 @@ class FitSettings:
                 ("warmup", is_whole(self.warmup, 0), count),
                 ("batch_size", is_whole(self.batch_size), "it must be a whole number, 1 or more"),
                 ("max_pixels", self.max_pixels is None or is_whole(self.max_pixels), "it must be positive"),
+                (
+                    "dense_pixels",
+                    self.dense_pixels is None or is_whole(self.dense_pixels),
+                    "it must be positive",
+                ),
                 one_of("batch_norm", self.batch_norm, BatchNormMode),
                 (
                     "rates",
@@ -107,10 +115,10 @@ class FitSettings:
             return rate * 0.5 * (1 + math.cos(math.pi * iteration / max(1, self.iterations)))
         return float(rate * 0.1 ** int(iteration / max(1.0, 0.4 * self.iterations)))
 
-    def images_per_step(self, pixels: int) -> int:
-        """The batch size for images of so many pixels: at least one image."""
-        most = self.batch_size if self.max_pixels is None else self.max_pixels // pixels
-        return max(1, min(self.batch_size, most))
+    def images_per_step(self, pixels: int, *, dense: bool = False) -> int:
+        """The batch size for images of so many pixels, of a network with a dense output or not: at least one image."""
+        bounds = [self.max_pixels, self.dense_pixels if dense else None]
+        return max(1, min([self.batch_size, *(bound // pixels for bound in bounds if bound is not None)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +172,7 @@ RECIPES: dict[str, Recipe] = {
             schedule="cosine",
             warmup=5,
             batch_size=8,
+            dense_pixels=2**17,
             augment=False,
         ),
         mimic=FitSettings(
@@ -178,6 +187,7 @@ RECIPES: dict[str, Recipe] = {
             warmup=10,
             batch_size=64,
             max_pixels=2**20,
+            dense_pixels=2**17,
             batch_norm="either",
             cutmix=True,
             junctions=True,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import fx
+from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.calibration.batches import CalibrationSet
@@ -33,6 +34,7 @@ from fxprune.scoring.joint_losses import JointLosses
 from fxprune.scoring.scorer import fit_all
 from tests.segmenter import Segmenter
 from tests.strategies import BlockSpec, NetSpec, image_batch
+from tests.tiny import tiny
 
 SETTINGS = replace(RECIPES["fast"].adaptor, iterations=0, batch_size=4)
 KINDS = ("basic", "bottleneck", "preactivation", "inverted", "squeeze", "depthwise")
@@ -214,6 +216,26 @@ def test_sets_have_their_waists_where_single_regions_do() -> None:
     for other in regions[1:]:
         fast.fit([regions[0], other])
         assert fast._cache is cache
+
+
+@pytest.mark.parametrize(("network", "count"), [(tiny, 4), (Segmenter, 2)])
+def test_fits_of_a_dense_network_see_fewer_images_a_step(
+    network: Callable[[], nn.Module], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    plain = Activations.select
+
+    def select(self: Activations, name: str, chosen: Tensor) -> Any:
+        asked.append(len(chosen))
+        return plain(self, name, chosen)
+
+    monkeypatch.setattr(Activations, "select", select)
+    pictures = torch.randn(6, 3, 16, 16)
+    gm = fxprune.trace(network().eval(), pictures)
+    settings = replace(SETTINGS, iterations=2, batch_size=4, dense_pixels=2 * 16 * 16)
+    fast = CachedScorer(Original(gm, find_tap(gm), draw(pictures)), settings)
+    fast.fit(fxprune.discover(gm).regions[1:2])
+    assert asked and set(asked) == {count}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import optimizers
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
 from fxprune.discovery.taps import find_tap
@@ -24,6 +26,7 @@ from fxprune.recovery.features import FeatureReader, mean_feature_loss, survivin
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import Recovered
 from fxprune.recovery.training import adaptable_norms, fit_features, optimise, trainable_parameters
+from tests.segmenter import Segmenter
 from tests.tiny import images, tiny
 
 
@@ -66,6 +69,12 @@ def test_large_images_come_in_smaller_batches(pixels: int, count: int) -> None:
     assert FitSettings(batch_size=64).images_per_step(pixels) == 64
 
 
+def test_where_each_place_has_an_answer_fewer_images_do() -> None:
+    settings = FitSettings(batch_size=8, max_pixels=2**20, dense_pixels=2**17)
+    assert [settings.images_per_step(side**2, dense=True) for side in (32, 128, 256, 1024)] == [8, 8, 2, 1]
+    assert settings.images_per_step(256**2) == 8
+
+
 @pytest.mark.parametrize(
     ("shapes", "pixels"), [([(2, 3, 8, 6)], 48), ([(2, 7, 5)], 1), ([(2, 9), (2, 3, 4, 4)], 16)]
 )
@@ -78,6 +87,7 @@ def test_pixels_are_counted_where_there_are_images(shapes: list[tuple[int, ...]]
     [
         ("warmup", -1),
         ("max_pixels", 0),
+        ("dense_pixels", 0),
         ("looks", 0),
         ("rates", (0.1, 0.0)),
         ("learning_rate", -1.0),
@@ -113,6 +123,23 @@ def recovered(
     mimic = replace(RECIPES["fast"].mimic, batch_size=6, **{"augment": False, **given})
     original = Original(gm, find_tap(gm), draw([pictures]))
     return recovery.recover(original, [region], {}, mimic, held_back=held_back, cache_bytes=cache_bytes)
+
+
+@pytest.mark.parametrize(("network", "count"), [(tiny, 6), (Segmenter, 2)])
+def test_a_step_of_a_dense_network_holds_fewer_pixels(
+    network: Callable[[], nn.Module], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = Comparison.loss
+
+    def loss(self: Comparison, inputs: Inputs) -> Tensor:
+        seen.append(inputs.batch_size)
+        return plain(self, inputs)
+
+    monkeypatch.setattr(Comparison, "loss", loss)
+    pixels = images().shape[-1] ** 2
+    recovered(network(), images(), iterations=2, rates=(), dense_pixels=2 * pixels)
+    assert seen and set(seen) == {count}
 
 
 def test_mimicking_brings_the_features_nearer_and_leaves_the_classifier() -> None:
@@ -409,6 +436,17 @@ def test_muon_moves_a_matrix_in_all_directions_by_the_rate_times_the_size_of_eac
     assert float(moved.square().mean().sqrt()) == pytest.approx(0.01, rel=0.25)
     singular = torch.linalg.svdvals(moved.flatten(1))
     assert singular.max() / singular.min() < 2
+
+
+def test_large_matrices_take_the_same_steps_by_a_shorter_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 50, 3, 3, generator=generator)
+    slope = torch.randn(128, 450, generator=generator) @ torch.diag(torch.logspace(0, -2, 450))
+    short = stepped(weight, slope.view_as(weight))
+    monkeypatch.setattr(optimizers, "LARGE", 10**6)
+    plain = stepped(weight, slope.view_as(weight))
+    assert not torch.equal(short, plain)
+    assert (short - plain).norm() < 1e-3 * plain.norm()
 
 
 def test_muon_leaves_vectors_and_depthwise_convolutions_to_adam() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.graph.extract import is_returned
+from fxprune.recipes import FitSettings
 
 __all__ = ["Original"]
 
@@ -28,3 +30,12 @@ class Original:
     images: CalibrationSet
     device: str = "cpu"
     seed: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the tap is what the network returns, as of one for segmentation, with no pooling behind it."""
+        return is_returned(self.graph, self.tap)
+
+    def images_per_step(self, settings: FitSettings) -> int:
+        """How many of the images a step of some fit holds."""
+        return settings.images_per_step(self.images.pixels, dense=self.is_dense)

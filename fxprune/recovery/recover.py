@@ -113,6 +113,8 @@ def recover(
         progress: Whether to draw a progress bar.
     """
     student, fold_error = cut_and_fold(original, regions, maps)
+    # of images as they are given: what is kept in their place has other sizes
+    settings = replace(settings, batch_size=original.images_per_step(settings), max_pixels=None)
     measure = partial(fidelity, original, student, regions)
     before = Fidelities(measure(original.images), None if held_back is None else measure(held_back))
     placement = find_sites(original.graph, regions)
@@ -131,9 +133,6 @@ def recover(
     sets = [original.images] if held_back is None else [original.images, held_back]
     if settings.changed_only and (kept := _kept(comparison, sets, original.device, cache_bytes)):
         sets, whole, comparison = kept, whole.behind(), comparison.behind()
-        settings = replace(
-            settings, batch_size=settings.images_per_step(original.images.pixels), max_pixels=None
-        )
 
     def fitted_to(images: CalibrationSet, judges: CalibrationSet, fit: FitSettings, title: str) -> Mimicking:
         return mimic(

@@ -17,11 +17,11 @@ from fxprune.calibration.augment import augmentation
 from fxprune.errors import CalibrationError
 from fxprune.graph.operators import arguments
 from fxprune.graph.vocabulary import BATCH_NORM_FUNCTIONS, function_name
+from fxprune.optimizers import optimizer_for
 from fxprune.options import FitSettings
 from fxprune.processes.group import is_main, share_buffers, share_of, sum_gradients, sum_over_ranks
 from fxprune.progress import progress as told
 from fxprune.recovery.comparison import Comparison
-from fxprune.recovery.optimizers import optimizer_for
 from fxprune.recovery.original import Original
 
 __all__ = [

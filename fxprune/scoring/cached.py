@@ -36,6 +36,9 @@ from fxprune.scoring.least_squares import start_pre_adaptors
 
 __all__ = ["CachedScorer"]
 
+_DENSE_LOSS_PIXELS = 2**19
+"""Pixels (height x width, of all images) that the losses of a network with a dense output are taken over."""
+
 
 class CachedScorer:
     """Fits the adaptors of many candidates of one network, from one thread or several.
@@ -45,7 +48,8 @@ class CachedScorer:
         settings: Of the gradient fit; augmentation does not apply to cached activations.
         cache_bytes: Budget of the cached activations; fits side by side may take a quarter of it more.
         start_images: Images for the least squares, at most; 0 leaves that out.
-        loss_images: Images that the losses are taken over, at most.
+        loss_images: Images that the losses are taken over, at most; where the tap is what the network returns, a loss
+            costs a run of nearly the whole network, and large images are fewer.
         at_waist: Share of a fit's steps that compare at the waist.
 
     Attributes:
@@ -75,8 +79,11 @@ class CachedScorer:
                 "another tap, or use a recipe with scorer='end-to-end'",
                 nodes=loose,
             )
-        self._settings, self._cache_bytes = settings, cache_bytes
-        self._start_images, self._loss_images, self._at_waist = start_images, loss_images, at_waist
+        batch = original.images_per_step(settings)
+        self._settings, self._cache_bytes = replace(settings, batch_size=batch), cache_bytes
+        self._start_images, self._at_waist = start_images, at_waist
+        dense = max(1, _DENSE_LOSS_PIXELS // original.images.pixels) if original.is_dense else loss_images
+        self._loss_images = min(loss_images, dense)
         self._index = OperatorIndex(self._gm)
         self._cache: Activations | None = None
         self._held: frozenset[str] = frozenset()
@@ -87,7 +94,7 @@ class CachedScorer:
         # every value of the network for a batch: what a backward pass reads, and then some
         fit = (
             bytes_per_image(self._gm, [n for n, node in flow_nodes(self._gm).items() if shape_of(node)])
-            * settings.batch_size
+            * batch
         )
         self.workers = max(1, cache_bytes // 4 // max(1, fit)) if self._device.startswith("cpu") else 1
         self.peak_bytes = 0

@@ -16,6 +16,9 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 """Muon's, as published."""
 
+LARGE = 128
+"""Rows from which a multiplication costs more than its call does."""
+
 NARROWEST = 16
 """Weights with fewer inputs count as having so many where the rate depends on the width: their fits overshot."""
 
@@ -136,7 +139,16 @@ def _orthogonalised(matrix: Tensor) -> Tensor:
     transposed = matrix.shape[0] > matrix.shape[1]
     wide: Tensor = (matrix.t() if transposed else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
     wide = wide / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = wide @ wide.t()
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    if wide.shape[0] < LARGE or wide.shape[1] < 3 * wide.shape[0]:
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = wide @ wide.t()
+            wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    else:
+        # each step multiplies from the left by a polynomial of one Gram matrix: collect these, which are small
+        gram, eye = wide @ wide.t(), torch.eye(len(wide)).to(wide)
+        product = eye
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            step = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
+            product, gram = step @ product, step @ gram @ step
+        wide = product @ wide
     return (wide.t() if transposed else wide).to(matrix.dtype)
