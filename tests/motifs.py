@@ -744,8 +744,9 @@ MLP = ("block.mlp.fc1", "block.mlp.fc2")
 
 
 def layer_cuts(attention: tuple[str, ...]) -> tuple[Cut, ...]:
-    """The two branches of a transformer layer and the layer."""
-    return (Cut(BLOCK, attention), Cut(BLOCK, MLP), Cut(BLOCK, (*attention, *MLP)))
+    """The two branches of a transformer layer, named after their operators, and the layer."""
+    branch = f"{BLOCK}.attn" if len(attention) > 1 else attention[0]
+    return (Cut(branch, attention), Cut(f"{BLOCK}.mlp", MLP), Cut(BLOCK, (*attention, *MLP)))
 
 
 MOTIFS: tuple[Motif, ...] = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxprune
 from fxprune.discovery.labels import with_unique_labels
@@ -85,6 +86,35 @@ def region(label: str, *body: str, kind: Kind = Kind.IDENTITY) -> Region:
 def test_a_region_around_the_others_keeps_the_plain_label() -> None:
     found = [region("layer", "a"), region("layer", "b"), region("layer", "a", "b")]
     assert [r.label for r in with_unique_labels(found)] == ["layer#1", "layer#2", "layer"]
+
+
+def test_branches_are_named_after_their_operators_where_those_tell_them_apart() -> None:
+    def branch(end: str, *modules: str) -> Region:
+        return replace(region("layer", end), modules=tuple(f"layer.{name}" for name in modules))
+
+    found = [branch("a", "norm1", "attn.qkv", "attn.proj"), branch("b", "norm2", "mlp.0", "mlp.3")]
+    norms = {"layer.norm1", "layer.norm2"}
+    assert [r.label for r in with_unique_labels(found, norms)] == ["layer.attn", "layer.mlp"]
+    assert [r.label for r in with_unique_labels(found)] == ["layer#1", "layer#2"]
+    alike = [branch("a", "mlp.0"), branch("b", "mlp.0")]
+    assert [r.label for r in with_unique_labels(alike)] == ["layer#1", "layer#2"]
+    claimed = [*found, replace(region("layer.mlp", "c"), label="layer.mlp")]
+    assert [r.label for r in with_unique_labels(claimed, norms)] == ["layer.attn", "layer#1", "layer.mlp"]
+
+
+def test_a_class_protects_the_branches_of_its_modules() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attn(x).relu()
+            return x + self.mlp(x).relu()
+
+    gm = fxprune.trace(nn.Sequential(Layer(), nn.Linear(4, 4)), torch.randn(2, 4))
+    assert [r.label for r in fxprune.discover(gm).regions] == ["0.attn", "0", "0.mlp"]
+    assert not fxprune.discover(gm, ignore=Layer).regions
 
 
 def test_labels_are_unique_whatever_shares_them() -> None:

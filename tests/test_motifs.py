@@ -231,12 +231,12 @@ def test_labels_are_unique(motif: Motif, front_end: str) -> None:
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
-def test_branches_of_a_layer_are_numbered_and_the_layer_is_not(front_end: str) -> None:
+def test_branches_of_a_layer_are_named_after_what_is_in_them(front_end: str) -> None:
     model, _, discovery = found(NAMES["transformer_unpacked"], front_end)
     regions = {r.label: dense_paths(model, r) for r in of_kind(discovery, Kind.IDENTITY)}
-    assert set(regions) == {"block", "block#1", "block#2"}
-    assert regions["block#1"] == ("block.attn.proj", "block.attn.qkv")
-    assert regions["block#2"] == ("block.mlp.fc1", "block.mlp.fc2")
+    assert set(regions) == {"block", "block.attn", "block.mlp"}
+    assert regions["block.attn"] == ("block.attn.proj", "block.attn.qkv")
+    assert regions["block.mlp"] == ("block.mlp.fc1", "block.mlp.fc2")
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
@@ -252,9 +252,9 @@ def test_a_projection_region_keeps_its_shortcut(name: str, front_end: str) -> No
 def test_composite_overlaps_its_branches_and_they_not_each_other(front_end: str) -> None:
     discovery = found(NAMES["transformer_unpacked"], front_end)[2]
     by_label = {r.label: r for r in of_kind(discovery, Kind.IDENTITY)}
-    assert by_label["block"].overlaps(by_label["block#1"])
-    assert by_label["block"].overlaps(by_label["block#2"])
-    assert not by_label["block#1"].overlaps(by_label["block#2"])
+    assert by_label["block"].overlaps(by_label["block.attn"])
+    assert by_label["block"].overlaps(by_label["block.mlp"])
+    assert not by_label["block.attn"].overlaps(by_label["block.mlp"])
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])

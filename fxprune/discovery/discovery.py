@@ -24,6 +24,7 @@ from fxprune.discovery.labels import Ignore, ignore_rule, label_of, with_unique_
 from fxprune.discovery.twins import tied
 from fxprune.errors import GraphError, OptionError
 from fxprune.graph import operators as ops
+from fxprune.graph import vocabulary
 from fxprune.graph.extract import kept, reached
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 
@@ -71,7 +72,8 @@ def discover(
         found.extend(search.composites(found))
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     found.sort(key=lambda r: (position[r.exit], position[r.entry], r.kind.value))
-    labelled = with_unique_labels(tied(gm, found))
+    norms = {ops.module_path(node) for node in gm.graph.nodes if ops.op_name(gm, node) in vocabulary.NORMS}
+    labelled = with_unique_labels(tied(gm, found), norms)
     left = dict.fromkeys(ignore_rule(gm, ignore, labelled))
     refused.extend(_refuse(r, Reason.IGNORED, "named by ignore") for r in labelled if r not in left)
     refused.sort(key=lambda r: position[r.exit])

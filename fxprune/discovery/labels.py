@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import count, takewhile
@@ -30,8 +31,16 @@ def _common_path(paths: Sequence[str]) -> str:
     return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
-def with_unique_labels(regions: Sequence[Region]) -> list[Region]:
-    """Appends `#1`, `#2` to labels that several regions share; one that contains all the others stays plain."""
+def with_unique_labels(regions: Sequence[Region], norms: Collection[str] = ()) -> list[Region]:
+    """Tells regions of one label apart; one that contains all the others stays plain.
+
+    The branches of a transformer's layer are named after what is in them, `blocks.0.attn` and `blocks.0.mlp`: the
+    longest common path of their operators, normalisations apart. Where that says no more they are numbered, `#1`, `#2`.
+
+    Args:
+        regions: In graph order.
+        norms: Module paths of the normalisations.
+    """
     taken: set[str] = set()
     renamed: dict[int, str] = {}
     identity_first = sorted(range(len(regions)), key=lambda i: regions[i].kind is not Kind.IDENTITY)
@@ -45,11 +54,18 @@ def with_unique_labels(regions: Sequence[Region]) -> list[Region]:
             renamed[largest] = label
             taken.add(label)
         free = (name for number in count(1) if (name := f"{label}#{number}") not in taken)
-        for i in members:
-            if i not in renamed:
-                renamed[i] = next(free)
-                taken.add(renamed[i])
+        others = [i for i in members if i not in renamed]
+        inner = {i: _common_path([path for path in regions[i].modules if path not in norms]) for i in others}
+        shared = {*taken, *(region.label for region in regions), *_repeated(inner.values())}
+        for i in others:
+            telling = inner[i].startswith(f"{label}.") and inner[i] not in shared
+            renamed[i] = inner[i] if telling else next(free)
+            taken.add(renamed[i])
     return [replace(region, label=renamed[i]) for i, region in enumerate(regions)]
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, times in Counter(names).items() if times > 1}
 
 
 def ignore_rule(
@@ -100,12 +116,11 @@ def _matches(gm: fx.GraphModule, entry: Ignore, region: Region) -> bool:
 
 def _holds_type(gm: fx.GraphModule, kind: type[nn.Module], region: Region) -> bool:
     """Whether the region calls a module of the type, or lies at or below one in the original module tree."""
-    base = region.label.partition("#")[0]
     full_name = f"{kind.__module__}.{kind.__qualname__}"
-    body = set(region.body)
-    for node in gm.graph.nodes:
-        if node.name not in body:
-            continue
+    names = set(region.body)
+    body = [node for node in gm.graph.nodes if node.name in names]
+    base = label_of([node for node in body if ops.module_path(node) in region.modules] or body, body[-1])
+    for node in body:
         if isinstance(ops.module_of(gm, node), kind):
             return True
         for path, owner in (node.meta.get("nn_module_stack") or {}).values():
