@@ -61,6 +61,12 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(data["regions"]) == 4
 
 
+def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "net.svg")
+    data = printed(capsys, "draw", f"{FACTORY}:tiny", "--size", "16", "--out", file)
+    assert (len(data["regions"]), data["out"]) == (4, file)
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_compress(folder: Path, labelled: bool, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"{FACTORY}:tiny", "--data", str(folder / "images"), "--size", "16", "--k", "1"]

@@ -139,6 +139,12 @@ def add_inspect(parser: ArgumentParser) -> None:
     parser.add_argument("--input-shape", type=_shape, metavar="1,3,224,224", help="in place of --size")
 
 
+def add_draw(parser: ArgumentParser) -> None:
+    """Arguments of `fxprune draw`."""
+    add_inspect(parser)
+    parser.add_argument("--out", type=_path, default="network.svg", metavar="FILE", help="(network.svg)")
+
+
 def add_compress(parser: ArgumentParser) -> None:
     """Arguments of `fxprune compress`."""
     goal = parser.add_mutually_exclusive_group(required=True)

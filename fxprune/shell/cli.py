@@ -1,4 +1,4 @@
-"""The pipeline for the shell: `fxprune demo | inspect | compress | apply | sweep | measure | report`.
+"""The pipeline for the shell: `fxprune demo | inspect | draw | compress | apply | sweep | measure | report`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
 else to stderr. Exit codes: 0 done, 2 wrong usage or input, 130 interrupted; `exits.py` tells the errors apart.
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxprune._version import __version__
 from fxprune.errors import FxpruneError, OptionError, SourceError
@@ -28,12 +28,18 @@ from fxprune.shell.arguments import (
     add_apply,
     add_compress,
     add_demo,
+    add_draw,
     add_inspect,
     add_measure,
     add_report,
     add_sweep,
 )
 from fxprune.shell.exits import INTERRUPTED, exit_code
+
+if TYPE_CHECKING:  # torch takes a second to import, and `--help` needs none of it
+    from torch.fx import GraphModule
+
+    from fxprune.graph.regions import Discovery
 
 __all__ = ["main"]
 
@@ -116,19 +122,35 @@ def _demo(args: argparse.Namespace) -> None:
     _print(args, result, table)
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _found(args: argparse.Namespace) -> tuple[GraphModule, Discovery, list[int]]:
+    """The network that `inspect` and `draw` look at, what was found in it, and the shape of its input."""
     import torch
 
     import fxprune
-    from fxprune.reports.inspection import describe, tables
 
-    model = _model(args)
     shape = args.input_shape or (1, 3, args.size, args.size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gm = fxprune.trace(model, example, front_end=args.front_end)
-    found = fxprune.discover(gm, kinds=args.kinds, ignore=tuple(args.ignore))
-    data = {"model": args.model, "input_shape": list(shape), **describe(gm, found)}
+    gm = fxprune.trace(_model(args), example, front_end=args.front_end)
+    return gm, fxprune.discover(gm, kinds=args.kinds, ignore=tuple(args.ignore)), list(shape)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from fxprune.reports.inspection import describe, tables
+
+    gm, found, shape = _found(args)
+    data = {"model": args.model, "input_shape": shape, **describe(gm, found)}
     _print(args, data, tables(data))
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from fxprune.files import write_text_atomic
+    from fxprune.reports.drawing import draw
+
+    gm, found, shape = _found(args)
+    write_text_atomic(args.out, draw(gm, found, title=args.model))
+    labels = [region.label for region in found.regions]
+    data = {"model": args.model, "input_shape": shape, "regions": labels, "out": args.out}
+    _print(args, data, f"{args.model}: {len(labels)} regions that can be cut, drawn in {args.out}")
 
 
 @contextlib.contextmanager
@@ -261,6 +283,7 @@ def _report(args: argparse.Namespace) -> None:
 _COMMANDS = (
     ("demo", add_demo, _demo, "train, compress and measure on real digits"),
     ("inspect", add_inspect, _inspect, "list what can be cut, and why the rest not"),
+    ("draw", add_draw, _draw, "draw the network with what can be cut, as an SVG"),
     ("compress", add_compress, _recover, "cut, recover, export"),
     ("apply", add_apply, _apply, "make a compressed network again from its plan and its weights"),
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
