@@ -64,7 +64,11 @@ def test_blocks_that_need_data_use_names_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+        # the tree in which the installed package is tested holds no copy of it
+        elsewhere = (path.parent / target).resolve().is_relative_to(ROOT / "fxprune") and not (
+            ROOT / "fxprune"
+        ).exists()
+        assert target.startswith("https://") or elsewhere or (path.parent / target).exists(), target
 
 
 def made(kind: type[Exception]) -> Exception:
@@ -86,7 +90,7 @@ def test_commands_of_the_readme_are_understood() -> None:
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fxprune ")]
     assert {command[0] for command in commands} == {
-        *("demo", "inspect", "compress", "apply", "sweep", "measure", "report")
+        *("demo", "inspect", "draw", "compress", "apply", "sweep", "measure", "report")
     }
     for command in commands:
         assert cli._parser().parse_args(command).command == command[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from typing import Any
@@ -10,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx import version_converter
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxprune.errors import ExportError, FxpruneError
 from fxprune.export.attention import FourDimensionalAttention
@@ -78,9 +79,9 @@ def convert(
     try:
         with quiet(), FourDimensionalAttention():
             program = torch.onnx.export(
-                network,
+                _with_parameters(network, len(rows.args)),
                 args=rows.args,
-                dynamic_shapes=_free_dimensions(network, rows, dynamic_image_size),
+                dynamic_shapes=_free_dimensions(rows, dynamic_image_size),
                 dynamo=True,
                 verbose=False,
                 opset_version=None if opset is None else max(opset, _OLDEST_OPSET),
@@ -99,8 +100,8 @@ def convert(
     return _in_format(_in_opset(model, opset), ir_version)
 
 
-def _free_dimensions(network: nn.Module, rows: Inputs, image_size: bool) -> Any:
-    """The dimensions that stay symbolic, each with its name, in the arrangement of the network's arguments."""
+def _free_dimensions(rows: Inputs, image_size: bool) -> tuple[dict[int, object], ...]:
+    """The dimensions that stay symbolic, each with its name, for each input."""
     batch = torch.export.Dim("batch", min=1)
     images = 0
     shapes = []
@@ -111,10 +112,24 @@ def _free_dimensions(network: nn.Module, rows: Inputs, image_size: bool) -> Any:
             shape |= {2: f"height{number}", 3: f"width{number}"}
             images += 1
         shapes.append(shape)
-    first = next(iter(inspect.signature(network.forward).parameters.values()), None)
-    # torch.export describes everything that arrives through *args as one nested tuple.
-    starred = first is not None and first.kind is first.VAR_POSITIONAL
-    return (tuple(shapes),) if starred else tuple(shapes)
+    return tuple(shapes)
+
+
+def _with_parameters(network: nn.Module, count: int) -> nn.Module:
+    """The network with a parameter for each input where it takes `*args`, for which torch 2.9 writes broken guards."""
+    kinds = {p.kind for p in inspect.signature(network.forward).parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return network
+    plain, named = network.forward, copy.copy(network)
+
+    def forward(*tensors: Tensor) -> Any:
+        return plain(*tensors)
+
+    names = [f"input_{i}" for i in range(count)]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
+    named.forward = forward
+    return named
 
 
 def _forget_sources(model: ir.Model) -> None:
