@@ -131,6 +131,24 @@ class CompressionReport:
         other = self.fidelity_after.held_back
         return None if other is None else other.agreement
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures that trackers of experiments compare, by name; those that nobody knows are missing."""
+        known = {
+            "cuts": len(self.plan.chosen),
+            "latency_ratio": self.latency.ratio,
+            "latency_ms_before": 1e3 * self.before.median_s,
+            "latency_ms_after": 1e3 * self.after.median_s,
+            "parameters_before": self.parameters[0],
+            "parameters_after": self.parameters[1],
+            "feature_error": self.recovery_loss_after,
+            "agreement": self.agreement,
+            "held_back_agreement": self.held_back_agreement,
+            "top1_before": None if self.accuracy is None else self.accuracy["before"].top1,
+            "top1_after": None if self.accuracy is None else self.accuracy["after"].top1,
+        }
+        return {name: float(value) for name, value in known.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to `report.json`."""
         data: dict[str, Any] = plain(asdict(self))
