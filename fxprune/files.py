@@ -24,6 +24,7 @@ __all__ = [
     "check_writable",
     "remove_leftovers",
     "replacing",
+    "replacing_folder",
     "replacing_with_company",
     "write_bytes_atomic",
     "write_json_atomic",
@@ -115,6 +116,35 @@ def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ArtifactError(_describe(error, target)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which takes its place on success and vanishes on any exception.
+
+    An old folder at `path` stays as it is where it is not to be replaced, which is then an error. No system call
+    exchanges two folders, so an old one is moved aside first; if the power fails just then, it lies beside `path`.
+    """
+    target = Path(path)
+    temporary, aside = _temporary(target), target.with_name(f".{target.name}.replaced")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if replace and target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(target, aside)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if not target.exists() and aside.exists():
+            os.replace(aside, target)
+        raise ArtifactError(_describe(error, target)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:

@@ -24,6 +24,7 @@ DOCS = [
     ROOT / "docs" / "architecture.md",
     ROOT / "docs" / "pipelines.md",
     ROOT / "docs" / "save_load_fine_tune.md",
+    ROOT / "docs" / "serving.md",
     ROOT / "docs" / "writing_a_pass.md",
 ]
 NAMES = [path.name for path in DOCS]
@@ -86,14 +87,19 @@ def test_exit_codes_are_those_of_the_page() -> None:
     assert {kind for kind, _ in exits._CODES} == {*kinds.values()} - {errors.FxpruneError}
 
 
-def test_commands_of_the_readme_are_understood() -> None:
-    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+def understood(path: Path) -> set[str]:
+    """Names of the commands in the blocks of a document, once they are known to be ones."""
+    lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fxprune ")]
-    assert {command[0] for command in commands} == {
-        *("demo", "inspect", "draw", "compress", "apply", "sweep", "measure", "report")
-    }
     for command in commands:
         assert cli._parser().parse_args(command).command == command[0]
+    return {command[0] for command in commands}
+
+
+def test_commands_of_the_documents_are_understood() -> None:
+    names = {"demo", "inspect", "draw", "compress", "apply", "sweep", "measure", "report", "export"}
+    assert understood(ROOT / "README.md") == names
+    assert understood(ROOT / "docs" / "serving.md") == {"compress", "export"}
 
 
 class UnderstoodError(Exception):

@@ -9,6 +9,7 @@ from typing import get_args
 
 from fxprune.graph.regions import Kind
 from fxprune.options import RECIPES, Backend, Cost, Criterion, FrontEnd, Selection
+from fxprune.serving.triton_config import Accelerator, TritonSettings
 
 __all__ = [
     "FORMS",
@@ -16,6 +17,7 @@ __all__ = [
     "add_apply",
     "add_compress",
     "add_demo",
+    "add_export",
     "add_inspect",
     "add_measure",
     "add_report",
@@ -43,6 +45,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 _positive = partial(_whole, least=1, most=2**31 - 1)
+_not_negative = partial(_whole, least=0, most=2**31 - 1)
 _size = partial(_whole, least=1, most=4096)
 _seed = partial(_whole, least=0, most=2**63 - 2)
 
@@ -202,3 +205,21 @@ def add_report(parser: ArgumentParser) -> None:
     )
     page = "where the page goes (DIR/report.html)"
     parser.add_argument("--html", type=_path, metavar="PATH", help=page)
+
+
+def add_export(parser: ArgumentParser) -> None:
+    """Arguments of `fxprune export`."""
+    add, settings = parser.add_argument, TritonSettings()
+    add("sources", type=_path, metavar="SOURCE", nargs="+", help="folder of a compression, or ONNX files")
+    repository = "Triton's model repository, where the model gets a folder"
+    add("--triton", type=_path, required=True, metavar="REPO/", help=repository)
+    add("--name", required=True, help="the model's name, for clients and its folder")
+    versions = "of a folder, in the order of their numbers (original,compressed); the last is the default"
+    add("--versions", type=_split, metavar="VERSION", help=versions)
+    most = f"the most images in one run ({settings.max_batch_size})"
+    add("--max-batch", type=_positive, default=settings.max_batch_size, metavar="N", help=most)
+    wait = f"microseconds that a request waits for others ({settings.max_queue_delay_us})"
+    add("--max-queue-delay", type=_not_negative, default=settings.max_queue_delay_us, metavar="US", help=wait)
+    add("--threads", type=_positive, help="CPU threads for one run (onnxruntime's choice)")
+    add("--accelerator", choices=get_args(Accelerator), help="beside onnxruntime (none)")
+    add("--overwrite", action="store_true", help="replace a model of this name")

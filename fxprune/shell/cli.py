@@ -1,4 +1,4 @@
-"""The pipeline for the shell: `fxprune demo | inspect | draw | compress | apply | sweep | measure | report`.
+"""The commands: `fxprune demo | inspect | draw | compress | apply | sweep | measure | report | export`.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Results go to stdout, all
 else to stderr. Exit codes: 0 done, 2 wrong usage or input, 130 interrupted; `exits.py` tells the errors apart.
@@ -29,6 +29,7 @@ from fxprune.shell.arguments import (
     add_compress,
     add_demo,
     add_draw,
+    add_export,
     add_inspect,
     add_measure,
     add_report,
@@ -280,6 +281,23 @@ def _report(args: argparse.Namespace) -> None:
     print(report.to_json() if args.json else str(report))
 
 
+def _export(args: argparse.Namespace) -> None:
+    from fxprune.serving.triton import export_triton
+    from fxprune.serving.triton_config import TritonSettings
+
+    settings = TritonSettings(args.max_batch, args.max_queue_delay, args.threads, args.accelerator)
+    model = export_triton(
+        args.sources,
+        args.triton,
+        args.name,
+        versions=args.versions,
+        settings=settings,
+        overwrite=args.overwrite,
+    )
+    versions = ", ".join(f"version {number} {file}" for number, file in enumerate(model.versions, start=1))
+    _print(args, asdict(model), f"{model.path}: {versions}")
+
+
 _COMMANDS = (
     ("demo", add_demo, _demo, "train, compress and measure on real digits"),
     ("inspect", add_inspect, _inspect, "list what can be cut, and why the rest not"),
@@ -289,6 +307,7 @@ _COMMANDS = (
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
     ("measure", add_measure, _measure, "time ONNX files in turns"),
     ("report", add_report, _report, "show what a compression did, and write it as a page"),
+    ("export", add_export, _export, "write a model repository for an inference server"),
 )
 
 if __name__ == "__main__":
