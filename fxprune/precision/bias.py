@@ -13,25 +13,21 @@ import torch
 
 from fxprune.export import serving
 
-__all__ = ["correct_biases", "with_biases"]
+__all__ = ["add_biases", "correct_biases"]
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm")
 
 Array = npt.NDArray[np.float64]
 
 
-def with_biases(single: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, its convolutions without a bias given zeros, so that there is something to correct."""
-    model = ir.from_proto(single)
-    for node in model.graph:
-        weights = node.inputs[1].const_value if node.op_type == "Conv" and len(node.inputs) == 2 else None
-        if weights is not None:
-            zeros = _constant(
-                model.graph, f"{node.outputs[0].name}_bias", np.zeros(weights.shape[0], np.float32)
-            )
-            node.resize_inputs(3)
-            node.replace_input_with(2, zeros)
-    return ir.to_proto(model)
+def add_biases(single: onnx.ModelProto) -> None:
+    """Give convolutions without a bias one of zeros, so that there is something to correct."""
+    weights = {one.name: one for one in single.graph.initializer}
+    for node in single.graph.node:
+        if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in weights:
+            zeros = np.zeros(weights[node.input[1]].dims[0], np.float32)
+            node.input.append(f"{node.output[0]}_bias")
+            single.graph.initializer.append(onnx.numpy_helper.from_array(zeros, node.input[2]))
 
 
 def correct_biases(
@@ -83,7 +79,9 @@ def correct_biases(
 def _mean_of_lost(graph: ir.Graph, node: ir.Node, lost: Array) -> ir.Value:
     """What an operator returns less, averaged over all places of an image, if it has places."""
     name = f"{node.outputs[0].name}_lost"
-    weights = _constant(graph, f"{name}_weights", lost.astype(np.float32))
+    weights = ir.Value(name=f"{name}_weights")
+    weights.const_value = ir.tensor(lost.astype(np.float32), name=weights.name)
+    graph.register_initializer(weights)
     again = ir.node(node.op_type, [node.inputs[0], weights], node.attributes, name=name)
     graph.append(again)
     last = again
@@ -92,13 +90,6 @@ def _mean_of_lost(graph: ir.Graph, node: ir.Node, lost: Array) -> ir.Value:
         graph.append(last)
     last.outputs[0].name, last.outputs[0].dtype = f"{name}_output", ir.DataType.FLOAT
     return last.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.float32]) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.FLOAT
-    graph.register_initializer(value)
-    return value
 
 
 def _rounded_constant(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:

@@ -28,7 +28,7 @@ from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import replacing
 from fxprune.graph.call import flat_tensors
 from fxprune.judging.answers import class_scores
-from fxprune.precision.bias import correct_biases, with_biases
+from fxprune.precision.bias import add_biases, correct_biases
 
 __all__ = ["export_int8"]
 
@@ -82,7 +82,8 @@ def export_int8(
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder, replacing(target) as temporary:
         single = Path(folder) / "single.onnx"
         record = export_onnx(model, single, images.example(max(BATCH_SIZES)), **settings)
-        proto = with_biases(onnx.load(single))
+        proto = onnx.load(single)
+        add_biases(proto)
         rounded = _rounded(proto, Path(folder), fitted, reduce_range=reduced)
         rounded = correct_biases(rounded, proto, Path(folder), fitted)
         onnx.checker.check_model(rounded, full_check=True)
@@ -90,16 +91,8 @@ def export_int8(
         convolutions = _require_fused(proto, temporary, Path(folder))
         agreement, error, difference = _compared(single, temporary, judged)
         _require(agreement, min_agreement, held_back.size)
-    if (1.0 if agreement is None else agreement) < _LOW_AGREEMENT or error > _LARGE_ERROR:
-        _logger.warning(
-            "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where "
-            "OpenVINO serves, try NNCF on the file in single precision",
-            path,
-            f"the outputs by {error:.2g} of their variance"
-            if agreement is None
-            else f"the class of {100 * (1 - agreement):.1f} % of {held_back.size} held-back images",
-        )
     eight = EightBits(images.size, held_back.size, agreement, error, convolutions, reduced)
+    _advise(path, eight)
     return replace(
         record,
         path=os.fspath(path),
@@ -108,6 +101,22 @@ def export_int8(
         tolerance=float("inf"),
         bytes=target.stat().st_size,
         int8=eight,
+    )
+
+
+def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
+    """Warns where the file is far from single precision."""
+    if made.agreement is None and made.error > _LARGE_ERROR:
+        changed = f"the outputs by {made.error:.2g} of their variance"
+    elif made.agreement is not None and made.agreement < _LOW_AGREEMENT:
+        changed = f"the class of {100 * (1 - made.agreement):.1f} % of {made.held_back} held-back images"
+    else:
+        return
+    _logger.warning(
+        "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where OpenVINO "
+        "serves, NNCF on the file in single precision",
+        path,
+        changed,
     )
 
 
