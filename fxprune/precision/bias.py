@@ -68,11 +68,11 @@ def correct_biases(
     ir.save(probe, path)
     session = serving.open_session(path, device="cpu", threads=torch.get_num_threads())
     runs = [serving.run(session, batch) for batch in batches]
-    for (bias, scale), *lost in zip(biases, *runs, strict=True):
-        assert bias.const_value is not None
+    for (whole, scale), *lost in zip(biases, *runs, strict=True):
+        assert whole.const_value is not None
         mean = np.concatenate([x.reshape(len(x), -1) for x in lost]).mean(axis=0, dtype=np.float64)
-        steps = bias.const_value.numpy() + np.rint(mean / scale)
-        bias.const_value = ir.tensor(steps.astype(np.int32), name=bias.name)
+        steps = whole.const_value.numpy() + np.rint(mean / scale)
+        whole.const_value = ir.tensor(steps.astype(np.int32), name=whole.name)
     return ir.to_proto(corrected)
 
 

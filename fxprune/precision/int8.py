@@ -163,7 +163,8 @@ def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
     optimised = folder / "optimised.onnx"
     serving.open_session(path, device="cpu", threads=torch.get_num_threads(), optimised_to=optimised)
     kinds = Counter(node.op_type for node in onnx.load(optimised).graph.node)
-    wanted, fused = sum(node.op_type == "Conv" for node in single.graph.node), kinds["QLinearConv"]
+    wanted: int = sum(node.op_type == "Conv" for node in single.graph.node)
+    fused = kinds["QLinearConv"]
     if fused < wanted:
         raise ExportError(
             f"onnxruntime computes {fused} of {wanted} convolutions in eight bits and the others in single precision, "
@@ -176,7 +177,7 @@ def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
 def _compared(single: Path, rounded: Path, batches: Batches) -> tuple[float | None, float, float]:
     """Share of images of the same class, mean squared error over variance, and the largest difference."""
     before, after = (_outputs(file, batches) for file in (single, rounded))
-    differences = [y.astype(np.float64) - x for x, y in zip(before, after, strict=True)]
+    differences = [y.astype(np.float64) - x.astype(np.float64) for x, y in zip(before, after, strict=True)]
     if not all(np.isfinite(one).all() for one in differences):
         raise ParityError(
             "in eight bits the network returns values that are not finite; no file was written. Keep single precision",
