@@ -11,18 +11,21 @@ from torch import Tensor, fx, nn
 from fxprune.artifacts.loading import load_network
 from fxprune.artifacts.recipe import ORIGIN
 from fxprune.artifacts.saving import save_network
+from fxprune.calibration.drawing import draw
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
+from fxprune.graph.call import input_names
 from fxprune.graph.examples import example_for
 from fxprune.measurements import LatencyComparison
 from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
 from fxprune.pipeline.closing import close, close_sweep
-from fxprune.pipeline.opening import open_job
+from fxprune.pipeline.opening import HELD_BACK, open_job
 from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
 from fxprune.precision.half import export_half
+from fxprune.precision.int8 import export_int8
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.timing import latency as timing
@@ -83,13 +86,14 @@ def compress(
     Returns:
         A new graph module, in evaluation mode; with `submodule`, a copy of the whole model that holds it.
         `fxprune.report` tells what was done. With `out`, `fxprune.load` makes it again from the folder, which holds
-        `model.pt2`, `model.safetensors`, `plan.json`, with `onnx` also `model.onnx` and `original.onnx`, `report.html`,
-        then `report.json` with the SHA-256 of each, and at last `recipe.json`.
+        `model.pt2`, `model.safetensors`, `plan.json`, with `onnx` also `model.onnx` and `original.onnx`, with `fp16`
+        and `int8` files in fewer bits, `report.html`, then `report.json` with the SHA-256 of each, and at last
+        `recipe.json`.
 
     Raises:
         OptionError: A setting is out of range, or more regions were asked for than can be cut.
         TargetError: The latency target cannot be met.
-        AgreementError: `min_agreement` is missed; the folder holds what was reached.
+        AgreementError: `min_agreement` is missed, by the network or in eight bits; the folder holds what was reached.
         TraceError: The network cannot be traced.
         CalibrationError: The images cannot be used.
         NoRegionError: Nothing can be cut; the message lists why.
@@ -215,6 +219,7 @@ def export_onnx(
     example_inputs: Any = None,
     *,
     fp16: bool = False,
+    int8: Any = None,
     **settings: Any,
 ) -> ExportRecord:
     """Writes a network as one ONNX file, after running it in onnxruntime against torch.
@@ -225,24 +230,36 @@ def export_onnx(
         example_inputs: A tensor, a tuple or a dict; dimension 0 is the batch and stays free.
         fp16: Compute in half precision, inputs and outputs as they are; `example_inputs` should then be real images,
             for nodes that exceed its range on them stay in single precision.
-        **settings: Of `fxprune.export.onnx_file.export_onnx`.
+        int8: Calibration images, as `compress` takes them: compute in eight bits, in their ranges. A fifth, held back,
+            tells how near the file comes to single precision; `example_inputs` are left out.
+        **settings: Of `fxprune.export.onnx_file.export_onnx`, for `int8` of `fxprune.precision.int8.export_int8` too.
 
     Raises:
-        OptionError: No example inputs were given and the model knows none.
-        ExportError: The network has no ONNX form with a free batch size.
+        OptionError: No example inputs were given and the model knows none; or settings contradict each other.
+        AgreementError: `min_agreement` is missed in eight bits; no file is written.
+        CalibrationError: The images cannot be used.
+        ExportError: The network has no ONNX form with a free batch size, or convolutions that stay out of eight bits.
         ParityError: onnxruntime computes something else than torch; no file is written.
         OutOfMemoryError: Memory ran out.
     """
     if not os.fspath(path):
         raise OptionError("path is empty; it must name a file")
     model = unwrapped(model)
+    done = getattr(model, "meta", {}).get(REPORT)
+    settings = {"cuts": done.plan.chosen if done else (), **settings}
+    if int8 is not None:
+        if fp16 or example_inputs is not None:
+            raise OptionError(
+                "int8 goes neither with fp16 nor with example_inputs, for its images are examples"
+            )
+        with memory_explained():
+            held_back, images = draw(int8, names=input_names(model)).split(HELD_BACK, seed=0)
+            return export_int8(model, path, images, held_back, **settings)
     if example_inputs is None:
         example_inputs = _known_inputs(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    done = getattr(model, "meta", {}).get(REPORT)
     with memory_explained():
-        export = export_half if fp16 else _export
-        return export(model, path, inputs, **{"cuts": done.plan.chosen if done else (), **settings})
+        return (export_half if fp16 else _export)(model, path, inputs, **settings)
 
 
 def _known_inputs(model: nn.Module) -> Any:

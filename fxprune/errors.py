@@ -42,9 +42,13 @@ class FxpruneError(Exception):
 
     def within(self, where: str) -> FxpruneError:
         """The same error, its message led by where it happened; raise it `from` this one."""
-        led = type(self).__new__(type(self), f"{where}: {self}")
-        led.__dict__.update(self.__dict__)
-        return led
+        return self.saying(f"{where}: {self}")
+
+    def saying(self, message: str) -> FxpruneError:
+        """The same error in other words."""
+        other = type(self).__new__(type(self), message)
+        other.__dict__.update(self.__dict__)
+        return other
 
 
 class OptionError(FxpruneError, ValueError):
@@ -56,7 +60,7 @@ class TargetError(OptionError):
 
 
 class AgreementError(OptionError):
-    """The compressed network agrees with the original less often than was asked for."""
+    """A network agrees with what it was made from less often than was asked for."""
 
 
 class SourceError(FxpruneError):
@@ -132,7 +136,3 @@ class ParityError(ExportError):
         super().__init__(message)
         self.max_abs_diff = max_abs_diff
         self.tolerance = tolerance
-
-    def saying(self, message: str) -> ParityError:
-        """The same figures with other words."""
-        return ParityError(message, max_abs_diff=self.max_abs_diff, tolerance=self.tolerance)

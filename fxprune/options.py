@@ -83,6 +83,8 @@ class CompressSettings(Settings, total=False):
     plan: str | os.PathLike[str] | Plan | None
     min_agreement: float | None
     onnx: bool
+    fp16: bool
+    int8: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Options:
         plan: Alternatively, the `plan.json` of an earlier compression: exactly its blocks go, if each is there, and of
             the kind and shape that the plan says. `kinds` is then the plan's own.
         min_agreement: Least top-1 agreement with the original on held-back calibration images, before the last steps
-            fit them, in [0, 1].
+            fit them, in [0, 1]; with `int8` also of the file in eight bits with the one in single precision.
         recipe: `fast`, `practise` (the paper's settings to the letter), or a `Recipe`.
         criterion: `recovery` (PRACTISE, eq. 1); `l2` (distance of the features) or `kl` (CURL) judge the bare cut, and
             so does a function of your own, such as one of torch's losses: called with what the network without some
@@ -130,6 +132,8 @@ class Options:
             use cores if those are fewer.
         out: Folder for the results, and for finished work: a run that was interrupted goes on from there.
         onnx: Whether `original.onnx` and `model.onnx` are among the results.
+        fp16: Whether `model.fp16.onnx` lies beside them; see `fxprune.export_onnx`.
+        int8: Whether `model.int8.onnx` does, in the ranges of the calibration images; see `fxprune.export_onnx`.
         progress: Whether to draw progress bars; by default on a terminal and in a notebook.
 
     Raises:
@@ -162,6 +166,8 @@ class Options:
     threads: int | None = None
     out: str | None = None
     onnx: bool = False
+    fp16: bool = False
+    int8: bool = False
     progress: bool | None = None
 
     @classmethod
@@ -248,6 +254,10 @@ class Options:
             raise OptionError(
                 f"cost is {self.cost!r}, and a target is one of latency, which is then not measured: give k, or "
                 "cost='latency'"
+            )
+        if (self.fp16 or self.int8) and not (self.onnx and self.out):
+            raise OptionError(
+                "fp16 and int8 write files beside model.onnx: give onnx=True and out= (--out) too"
             )
         if self.selection == "exact" and self.k is None:
             raise OptionError(

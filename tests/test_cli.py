@@ -336,6 +336,8 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
         "threads": None,
         "out": str(out),
         "onnx": True,
+        "fp16": False,
+        "int8": False,
         "progress": False,
     }
     assert report.args == (small,)

@@ -71,10 +71,11 @@ def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_compress(folder: Path, labelled: bool, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"{FACTORY}:tiny", "--data", str(folder / "images"), "--size", "16", "--k", "1"]
     if labelled:
-        arguments += ["--labels", str(folder / "labelled")]
+        arguments += ["--labels", str(folder / "labelled"), "--fp16", "--int8"]
     out = folder / "compressed"
     data = printed(capsys, "compress", *arguments, "--out", str(out))
     assert len(data["plan"]["chosen"]) == 1 and len(data["plan"]["scores"]) == 4
+    assert list(data["fewer_bits"]) == (["model.fp16.onnx", "model.int8.onnx"] if labelled else [])
     assert printed(capsys, "report", str(out)) == data
 
 

@@ -64,6 +64,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "threads": {"threads": 2},
     "out": {"out": "DIR/."},
     "onnx": {"onnx": True},
+    "fp16": {"onnx": True, "fp16": True},
+    "int8": {"onnx": True, "int8": True},
     "progress": {"progress": True},
 }
 
@@ -84,9 +86,11 @@ def latency_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency depends on the network, the batch, the backend and the rounds, so that no figure passes for another."""
 
     def compare(
-        before: nn.Module, candidates: Sequence[nn.Module], inputs: Sequence[Tensor], **how: Any
+        before: nn.Module | Path, candidates: Sequence[nn.Module | Path], inputs: Sequence[Tensor], **how: Any
     ) -> tuple[LatencyComparison, ...]:
-        def cost(network: nn.Module) -> float:
+        def cost(network: nn.Module | Path) -> float:
+            if isinstance(network, Path):
+                return float(network.stat().st_size)
             count = sum(p.numel() * (1 + p.dim()) for p in network.parameters())
             return 1e-6 * (
                 count + 40 * len(inputs[0]) + 90 * (how["backend"] != "torch") + 7 * torch.get_num_threads()
@@ -164,7 +168,14 @@ def fresh(verb: str, folder: Path) -> Answer:
 
 def test_the_other_questions_have_other_answers(tmp_path: Path) -> None:
     """Without which the law would say nothing; where an answer may stay, the reason stands here."""
-    same = {"device", "out", "onnx", "progress"}  # the CPU either way; where, what else and how, not what
+    same = {
+        "device",
+        "out",
+        "onnx",
+        "fp16",
+        "int8",
+        "progress",
+    }  # the CPU either way; where, what else and how, not what
     same |= {"threads", "cache_bytes"}  # the last digits; a cache that holds fewer images
     same |= {"selection"}  # both choose well here: see the test below
     base = fresh("compress", tmp_path)

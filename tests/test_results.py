@@ -29,7 +29,8 @@ from fxprune.errors import (
     ParityError,
 )
 from fxprune.export import artifact, serving
-from fxprune.pipeline import closing, stages
+from fxprune.pipeline import closing, exports, stages
+from fxprune.precision import int8
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
@@ -96,6 +97,39 @@ def test_onnx_files_are_compared_on_the_calibration_images(
     compress(tmp_path, 2, onnx=True)
     assert len(seen) == 2 * 2 * 3  # two files, unoptimised and optimised, at three batch sizes
     assert all(torch.equal(batch, images()[: len(batch)]) for batch in seen)
+
+
+def test_files_in_fewer_bits_are_told_in_the_report(tmp_path: Path) -> None:
+    small = compress(tmp_path, 2, onnx=True, fp16=True, int8=True)
+    made = fxprune.report(small).fewer_bits
+    assert made.keys() == {"model.fp16.onnx", "model.int8.onnx"}
+    assert report_of(tmp_path)["files"].keys() == FILES | made.keys() | {"model.onnx", "original.onnx"}
+    half, eight = made["model.fp16.onnx"], made["model.int8.onnx"]
+    assert half.latency is None and half.export.int8 is None and eight.latency is not None
+    single, rounded = ((tmp_path / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
+    assert eight.latency.ratio == rounded / single  # see count_latency
+    assert eight.export.int8 is not None and eight.export.int8.images + eight.export.int8.held_back == 12
+    page = (tmp_path / "report.html").read_text()
+    for one in (half, eight):
+        assert one.line in str(fxprune.report(small)) and one.line in page
+
+
+def test_a_file_in_eight_bits_that_agrees_too_little_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "_compared", lambda *_: (0.5, 0.3, 1.0))
+    with pytest.raises(
+        AgreementError, match=r"min_agreement is 0.75, but in eight bits.*holds what could be"
+    ):
+        compress(tmp_path, 1, onnx=True, int8=True, min_agreement=0.75, recipe=brief(mimic=0))
+    report = report_of(tmp_path)
+    assert report["files"].keys() == FILES | {"model.onnx", "original.onnx"} and not report["fewer_bits"]
+    assert "in eight bits" in report["notes"][-1]
+
+
+def test_files_in_fewer_bits_need_a_folder() -> None:
+    with pytest.raises(OptionError, match=r"beside model\.onnx: give onnx=True and out="):
+        fxprune.compress(tiny(), images(), 1, onnx=True, int8=True)
 
 
 def test_results_of_a_part_hold_the_part(tmp_path: Path) -> None:
@@ -171,7 +205,7 @@ def test_a_file_that_cannot_be_written_costs_no_other(
     def refused(*_: Any, **__: Any) -> Any:
         raise ExportError("there is no ONNX form")
 
-    monkeypatch.setattr(closing, "export_onnx", refused)
+    monkeypatch.setattr(exports, "export_onnx", refused)
     with pytest.raises(ExportError, match=r"no ONNX form.*holds what could be written"):
         compress(tmp_path, 1, onnx=True, model=tiny(5))
     report = report_of(tmp_path)
@@ -199,7 +233,7 @@ def test_a_file_that_would_be_wrong_is_told_apart(tmp_path: Path, monkeypatch: p
             raise ParityError("it disagrees", max_abs_diff=0.5, tolerance=0.1)
         raise ExportError("there is no ONNX form")
 
-    monkeypatch.setattr(closing, "export_onnx", wrong)
+    monkeypatch.setattr(exports, "export_onnx", wrong)
     with pytest.raises(
         ParityError, match=r"no ONNX form; it disagrees.*holds what could be written"
     ) as caught:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fxprune.errors import ArtifactError, ExportError, FxpruneError
+from fxprune.errors import AgreementError, ArtifactError, ExportError, FxpruneError
 from fxprune.files import write_text_atomic
 
 __all__ = ["Results"]
@@ -59,7 +59,7 @@ class Results:
             return
         try:
             make(self._folder)
-        except (ArtifactError, ExportError) as error:
+        except (AgreementError, ArtifactError, ExportError) as error:
             logger.warning("%s", error)
             self.failures.append(error)
 

@@ -29,6 +29,8 @@ FILES = (
     "model.safetensors",
     "model.onnx",
     "original.onnx",
+    "model.fp16.onnx",
+    "model.int8.onnx",
     "model.onnx.data",
     "original.onnx.data",
     PAGE,

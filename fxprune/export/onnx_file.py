@@ -25,7 +25,7 @@ from fxprune.graph.weights import hash_weights
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.trace import split_inputs
 
-__all__ = ["ExportRecord", "export_onnx", "validated", "writable"]
+__all__ = ["EightBits", "ExportRecord", "export_onnx", "validated", "writable"]
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +33,27 @@ _logger = logging.getLogger(__name__)
 _EXPORT_BATCH = 3
 # Protobuf, in which ONNX files are written, ends at 2 GiB a file; the graph itself needs some of them.
 _SINGLE_FILE_BYTES = 2**31 - 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class EightBits:
+    """How a file in eight bits was made, and how near it comes to single precision.
+
+    Attributes:
+        images: Images that gave the ranges of its values.
+        held_back: Others, on which it was compared.
+        agreement: Share of these to which both give the same class, None without class scores.
+        error: Mean squared difference of the outputs on them, over the variance of the outputs.
+        convolutions: How many it has; onnxruntime computes all of them in eight bits.
+        reduce_range: Whether its weights take seven bits, as on CPUs without VNNI they should.
+    """
+
+    images: int
+    held_back: int
+    agreement: float | None
+    error: float
+    convolutions: int
+    reduce_range: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +68,11 @@ class ExportRecord:
         outputs: Names of its outputs, in order.
         batch_sizes: Batch sizes at which it was compared with torch; empty if it was not.
         max_abs_diff: The largest absolute difference seen, 0 if it was not compared.
-        tolerance: The largest that would have been accepted.
+        tolerance: The largest that would have been accepted; any, in eight bits.
         bytes: Size of the file, with that of its weights where they lie beside it.
         weights: SHA-256 of the network's weights, as it stands in the file's metadata.
         kept: Nodes that a file in half precision keeps in single precision.
+        int8: Of a file in eight bits.
     """
 
     path: str
@@ -64,6 +86,7 @@ class ExportRecord:
     bytes: int
     weights: str
     kept: tuple[str, ...] = ()
+    int8: EightBits | None = None
 
 
 def export_onnx(

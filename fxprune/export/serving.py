@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ def open_session(
     threads: int | None = None,
     half: bool = False,
     optimised: bool = True,
+    optimised_to: Path | None = None,
 ) -> ort.InferenceSession:
     """Open an ONNX file on a device, and nowhere else.
 
@@ -41,6 +43,7 @@ def open_session(
         half: Whether the network computes in float16. On the CPU its memory layout is then left as it is: optimising
             that ends the whole process for some vision transformers (seen with onnxruntime 1.31).
         optimised: Whether onnxruntime may rewrite the graph.
+        optimised_to: Where it writes what it made of it.
 
     Raises:
         DeviceError: The device, its provider or one of its libraries is missing.
@@ -54,6 +57,8 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif half and device == "cpu":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if optimised_to is not None:
+        options.optimized_model_filepath = os.fspath(optimised_to)
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
     if threads is not None:

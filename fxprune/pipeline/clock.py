@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.call import flat_tensors, positional
+from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.job import Job
@@ -18,16 +18,14 @@ from fxprune.scoring.stored import stored_latencies
 from fxprune.timing import latency as timing
 from fxprune.timing.savings import without
 
-__all__ = ["compare_networks", "latencies_without"]
+__all__ = ["compare_files", "compare_networks", "latencies_without"]
 
 
 def compare_networks(
     job: Job, networks: Sequence[fx.GraphModule], settings: timing.TimingSettings | None = None
 ) -> tuple[LatencyComparison, ...]:
     """Times networks against the original, all in turns."""
-    images = job.original.images
-    batch = images.inputs.select(torch.arange(job.latency_batch) % images.size)
-    backend = job.options.backend
+    batch, backend = _batch(job), job.options.backend
     return timing.compare(
         positional(job.original.graph, batch),
         [positional(network, batch) for network in networks],
@@ -37,6 +35,25 @@ def compare_networks(
         settings=settings,
         show_progress=job.show_progress,
     )
+
+
+def compare_files(job: Job, name: str) -> LatencyComparison | None:
+    """Times a file of the job's folder in fewer bits against `model.onnx`.
+
+    Returns:
+        None of half precision without CUDA: a CPU computes it in single precision.
+    """
+    backend = "onnxruntime-cpu" if "int8" in name else "onnxruntime-cuda"
+    if job.folder is None or backend not in ("onnxruntime-cpu", job.options.backend):
+        return None
+    files, inputs = (job.folder / "model.onnx", [job.folder / name]), flat_tensors(_batch(job))
+    with job.stage("measurement"):
+        return timing.compare(*files, inputs, backend=backend, show_progress=job.show_progress)[0]
+
+
+def _batch(job: Job) -> Inputs:
+    images = job.original.images
+    return images.inputs.select(torch.arange(job.latency_batch) % images.size)
 
 
 def latencies_without(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from torch import fx, nn
+from torch import nn
 
 from fxprune.artifacts.recipe import ORIGIN, Origin
 from fxprune.artifacts.results import Results
@@ -16,8 +16,6 @@ from fxprune.artifacts.saving import FILES, close_folder, write_plan
 from fxprune.discovery.planned import plan_of
 from fxprune.errors import AgreementError, ArtifactError, ExportError, ParityError
 from fxprune.export.artifact import save
-from fxprune.export.onnx_file import export_onnx
-from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import write_text_atomic
 from fxprune.graph.call import Inputs
 from fxprune.graph.examples import describe
@@ -26,6 +24,7 @@ from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
+from fxprune.pipeline.exports import write_onnx
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import worst_fold_error
@@ -45,14 +44,12 @@ logger = logging.getLogger(__name__)
 
 Figure = TypeVar("Figure")
 
-_ONNX_FILES = ("model.onnx", "original.onnx")
-
 
 def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     """Writes the network where a folder was given, measures it, reports, and puts it where the caller asked for it.
 
     Raises:
-        AgreementError: `min_agreement` is missed; the folder holds what was reached.
+        AgreementError: `min_agreement` is missed, by the network or in eight bits; the folder holds what was reached.
         ExportError: A file that was asked for cannot be written, a `ParityError` where one would be wrong; the folder
             holds all others.
     """
@@ -70,10 +67,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         judged = job.judge(small)
     report = _report(job, plan, recovered, latency, judged)
     if job.options.onnx:
-        seven = job.original.images.example(max(BATCH_SIZES))
-        both = (small, plan.chosen), (job.original.graph, ())
-        for name, (network, cuts) in zip(_ONNX_FILES, both, strict=True):
-            results.write(_onnx_writer(name, network, seven, cuts))
+        report = replace(report, fewer_bits=write_onnx(job, results, small, plan.chosen))
     shown = _ended(report, results)
     results.write(lambda folder: write_text_atomic(folder / PAGE, page(shown)))
     report = _ended(report, results)
@@ -83,7 +77,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     failures = same_everywhere([str(error) for error in results.failures])
     if failures and job.options.onnx:
         message = f"{'; '.join(failures)}. {job.folder} holds what could be written"
-        wrong = [error for error in results.failures if isinstance(error, ParityError)]
+        wrong = [error for error in results.failures if isinstance(error, (AgreementError, ParityError))]
         raise wrong[0].saying(message) if wrong else ExportError(message)
     small.meta.update({REPORT: report, ORIGIN: origin})
     if job.options.submodule is None:
@@ -123,12 +117,6 @@ def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoi
 
 def _text_writer(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: write_text_atomic(folder / name, text)
-
-
-def _onnx_writer(
-    name: str, network: fx.GraphModule, images: Inputs, cuts: Sequence[str]
-) -> Callable[[Path], object]:
-    return lambda folder: export_onnx(network, folder / name, images, cuts=cuts)
 
 
 def _ended(report: CompressionReport, results: Results) -> CompressionReport:

@@ -56,11 +56,12 @@ from fxprune.selection.plans import largest_plan
 from fxprune.tracing.trace import traced
 from fxprune.tracing.unwrap import inner, unwrapped
 
-__all__ = ["make_job", "make_scorer", "open_job"]
+__all__ = ["HELD_BACK", "make_job", "make_scorer", "open_job"]
 
 logger = logging.getLogger(__name__)
 
-_HELD_BACK = 0.2
+HELD_BACK = 0.2
+"""Share of the images to which nothing is fitted."""
 _ENOUGH_TO_HOLD_BACK = 20
 """Images from which on some are held back unasked: a fifth of fewer says little, and every image helps fitting."""
 _LISTED = 20
@@ -126,7 +127,7 @@ def make_job(
         spread, look_alike = _spread(graph, images, options)
         held_back = None
         if images.size >= _ENOUGH_TO_HOLD_BACK or options.min_agreement is not None:
-            held_back, images = images.split(_HELD_BACK, options.seed)
+            held_back, images = images.split(HELD_BACK, options.seed)
         original = Original(graph, tap, images, str(options.device), options.seed)
         scorer, store = make_scorer(original, options, progress=show_progress), None
         if folder is not None:

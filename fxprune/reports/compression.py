@@ -16,6 +16,7 @@ from fxprune.measurements import CountComparison, Latency, LatencyComparison
 from fxprune.records import plain, restored
 from fxprune.recovery.fidelity import Fidelities
 from fxprune.recovery.mimicking import ON_ALL, Mimicking
+from fxprune.reports.fewer_bits import FewerBits
 from fxprune.reports.layout import Place
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore, DropPlan
@@ -57,6 +58,7 @@ class CompressionReport:
         layout: Regions and refused candidates in the order of the network.
         changed: The images to which the compressed network gives another class than the original, those held back among
             them; None without class scores.
+        fewer_bits: The ONNX files in half precision or in eight bits, by name.
     """
 
     plan: DropPlan
@@ -79,6 +81,7 @@ class CompressionReport:
     files: Mapping[str, str] = field(default_factory=dict)
     layout: tuple[Place, ...] = ()
     changed: tuple[Change, ...] | None = None
+    fewer_bits: Mapping[str, FewerBits] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CompressionReport:
@@ -218,6 +221,7 @@ class CompressionReport:
         lines.extend(self._fidelity_lines())
         lines.extend(entropy_lines(self.entropy))
         lines.extend(self._judgement_lines())
+        lines.extend(f"{name}: {made.line}" for name, made in self.fewer_bits.items())
         if self.fold_error is not None:
             lines.append(
                 f"folding the adaptors changed the features by {self.fold_error:.1e} of their largest value"

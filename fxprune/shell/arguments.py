@@ -160,6 +160,10 @@ def add_compress(parser: ArgumentParser) -> None:
     goal.add_argument("--plan", type=_path, default=SUPPRESS, metavar="FILE", help=planned)
     least = "least top-1 agreement with the original"
     parser.add_argument("--min-agreement", type=float, metavar="F", help=least)
+    half = "write model.fp16.onnx too, in half precision (for GPUs; with --out)"
+    parser.add_argument("--fp16", action="store_true", help=half)
+    eight = "write model.int8.onnx too, in eight bits, and time it on the CPU (with --out)"
+    parser.add_argument("--int8", action="store_true", help=eight)
     out = (
         "write original.onnx, model.onnx, model.pt2, model.safetensors, plan.json, report.html, report.json and "
         "recipe.json there; "
