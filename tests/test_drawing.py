@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.pictures.drawing import draw
 from fxprune.placement.placement import find_sites
-from fxprune.reports.drawing import draw
 from fxprune.shell import cli
 from tests.tiny import BLOCKS, images, tiny
 

@@ -11,11 +11,11 @@ import pytest
 from fxprune.graph.regions import Kind, Reason, Region, Rejection
 from fxprune.judging.judge import Accuracy
 from fxprune.options import RECIPES
+from fxprune.pictures.plots import front_svg
 from fxprune.records import plain
 from fxprune.recovery.fidelity import Fidelities, Fidelity
 from fxprune.recovery.mimicking import Attempt, Mimicking
 from fxprune.reports.compression import CompressionReport
-from fxprune.reports.plots import front_svg
 from fxprune.reports.sweep import SweepPoint, SweepReport
 from fxprune.selection.plans import BlockScore, DropPlan
 from tests.doubles import comparison

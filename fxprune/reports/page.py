@@ -13,8 +13,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fxprune.measurements import Interval
+from fxprune.pictures.charts import HEIGHT, WIDTH, latency_hills, recovery_curves
 from fxprune.reports.call import call_of
-from fxprune.reports.charts import HEIGHT, WIDTH, latency_hills, recovery_curves
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.layout import Place
 from fxprune.selection.plans import BlockScore

@@ -9,9 +9,9 @@ from typing import Any
 
 from fxprune.measurements import LatencyComparison
 from fxprune.notebook import html_table
+from fxprune.pictures.plots import front_svg
 from fxprune.records import plain
 from fxprune.reports.compression import entropy_lines, score_row
-from fxprune.reports.plots import front_svg
 from fxprune.reports.tables import render
 from fxprune.selection.plans import BlockScore
 

@@ -145,7 +145,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     from fxprune.files import write_text_atomic
-    from fxprune.reports.drawing import draw
+    from fxprune.pictures.drawing import draw
 
     gm, found, shape = _found(args)
     write_text_atomic(args.out, draw(gm, found, title=args.model))
