@@ -217,7 +217,7 @@ def export_onnx(
     fp16: bool = False,
     **settings: Any,
 ) -> ExportRecord:
-    """Writes a network as one ONNX file, after running it in onnxruntime against torch.
+    """Writes a network as one ONNX file, after running it against torch in onnxruntime, and OpenVINO if installed.
 
     Args:
         model: Any module; a result of `compress` knows its example inputs.
@@ -230,7 +230,7 @@ def export_onnx(
     Raises:
         OptionError: No example inputs were given and the model knows none.
         ExportError: The network has no ONNX form with a free batch size.
-        ParityError: onnxruntime computes something else than torch; no file is written.
+        ParityError: A runtime computes something else than torch; no file is written.
         OutOfMemoryError: Memory ran out.
     """
     if not os.fspath(path):
@@ -274,7 +274,7 @@ def measure(
         before: The reference: a module, or a path to an ONNX file.
         after: The other one.
         inputs: One batch, positional.
-        backend: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
         device: Of the `torch` backend.
         settings: How long to go on.
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from fxprune.errors import (
     SourceError,
     TargetError,
 )
-from fxprune.export import serving
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.reports import tables
@@ -634,8 +634,7 @@ def compared(ratio: float, low: float, high: float) -> LatencyComparison:
 @pytest.fixture
 def timed(replace) -> Recorder:
     results = (compared(0.75, 0.74, 0.76), compared(1.5, 1.4, 1.6), compared(0.99, 0.9, 1.01))
-    replace("open_session", None, serving)
-    replace("conditions", {"provider": "CPUExecutionProvider"}, serving)
+    replace("open_file", SimpleNamespace(conditions={"provider": "CPUExecutionProvider"}), latency)
     return replace("compare", results, latency)
 
 

@@ -73,7 +73,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         seven = job.original.images.example(max(BATCH_SIZES))
         both = (small, plan.chosen), (job.original.graph, ())
         for name, (network, cuts) in zip(_ONNX_FILES, both, strict=True):
-            results.write(_onnx_writer(name, network, seven, cuts))
+            _write_onnx(results, name, network, seven, cuts)
     shown = _ended(report, results)
     results.write(lambda folder: write_text_atomic(folder / PAGE, page(shown)))
     report = _ended(report, results)
@@ -125,16 +125,21 @@ def _text_writer(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: write_text_atomic(folder / name, text)
 
 
-def _onnx_writer(
-    name: str, network: fx.GraphModule, images: Inputs, cuts: Sequence[str]
-) -> Callable[[Path], object]:
-    return lambda folder: export_onnx(network, folder / name, images, cuts=cuts)
+def _write_onnx(
+    results: Results, name: str, network: fx.GraphModule, images: Inputs, cuts: Sequence[str]
+) -> None:
+    def make(folder: Path) -> None:
+        record = export_onnx(network, folder / name, images, cuts=cuts)
+        results.notes.append(f"{name} {record.checked}")
+
+    results.write(make)
 
 
 def _ended(report: CompressionReport, results: Results) -> CompressionReport:
-    """The report with what could not be written, and the hashes of what was."""
-    failures, files = same_everywhere(([str(error) for error in results.failures], results.hashes()))
-    return replace(report, notes=(*report.notes, *failures), files=files)
+    """The report with what could not be written, and what is known of what was."""
+    notes = (*results.notes, *map(str, results.failures))
+    notes, files = same_everywhere((notes, results.hashes()))
+    return replace(report, notes=(*report.notes, *notes), files=files)
 
 
 def _report(
