@@ -25,6 +25,7 @@ from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
 from fxprune.precision.half import export_half
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
+from fxprune.timing import fresh
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped
 
@@ -267,8 +268,9 @@ def measure(
     backend: Backend = "torch",
     device: str | None = None,
     settings: timing.TimingSettings | None = None,
+    processes: int = 1,
 ) -> LatencyComparison:
-    """Times two networks in turns, in one process.
+    """Times two networks in turns.
 
     Args:
         before: The reference: a module, or a path to an ONNX file.
@@ -277,9 +279,10 @@ def measure(
         backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
         device: Of the `torch` backend.
         settings: How long to go on.
+        processes: In how many fresh processes, one after another; 1 is this one. Not of the `torch` backend.
 
     Returns:
-        Medians, spreads, and the ratio with its bootstrap interval.
+        Medians, spreads, and the ratio with its interval.
 
     Raises:
         DeviceError: The device is not there; there is no fallback.
@@ -290,4 +293,12 @@ def measure(
         raise OptionError(f"inputs is a {type(inputs).__name__}: give the tensors in the order of forward")
     batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with memory_explained():
-        return timing.compare(before, [after], batch, backend=backend, device=device, settings=settings)[0]
+        return fresh.compare(
+            before,
+            [after],
+            batch,
+            processes=processes,
+            backend=backend,
+            device=device,
+            settings=settings,
+        )[0]

@@ -216,7 +216,8 @@ def _measure(args: argparse.Namespace) -> None:
 
     from fxprune.reports.measurement import measurement, measurement_table
     from fxprune.shell.sources import onnx_inputs
-    from fxprune.timing.latency import TimingSettings, compare, open_file
+    from fxprune.timing import fresh
+    from fxprune.timing.latency import TimingSettings, open_file
 
     first, *others = files = [args.before, *args.after]
     inputs = onnx_inputs(first, batch=args.batch, shapes=args.input_shape)
@@ -227,7 +228,9 @@ def _measure(args: argparse.Namespace) -> None:
     # a number of rounds that was asked for is taken, however long it lasts
     rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
     settings = TimingSettings(threads=args.threads, **rounds)
-    results = compare(first, others, inputs, backend=args.backend, settings=settings)
+    results = fresh.compare(
+        first, others, inputs, processes=args.processes, backend=args.backend, settings=settings
+    )
     told = open_file(first, args.backend, args.threads or torch.get_num_threads()).conditions
     data = measurement(files, results, {**asdict(settings), **told})
     _print(args, data, measurement_table(data))
