@@ -28,6 +28,7 @@ from fxprune.precision.half import export_half
 from fxprune.precision.int8 import export_int8
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
+from fxprune.timing import fresh
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped
 
@@ -222,7 +223,7 @@ def export_onnx(
     int8: Any = None,
     **settings: Any,
 ) -> ExportRecord:
-    """Writes a network as one ONNX file, after running it in onnxruntime against torch.
+    """Writes a network as one ONNX file, after running it against torch in onnxruntime, and OpenVINO if installed.
 
     Args:
         model: Any module; a result of `compress` knows its example inputs.
@@ -239,7 +240,7 @@ def export_onnx(
         AgreementError: `min_agreement` is missed in eight bits; no file is written.
         CalibrationError: The images cannot be used.
         ExportError: The network has no ONNX form with a free batch size, or convolutions that stay out of eight bits.
-        ParityError: onnxruntime computes something else than torch; no file is written.
+        ParityError: A runtime computes something else than torch; no file is written.
         OutOfMemoryError: Memory ran out.
     """
     if not os.fspath(path):
@@ -284,19 +285,21 @@ def measure(
     backend: Backend = "torch",
     device: str | None = None,
     settings: timing.TimingSettings | None = None,
+    processes: int = 1,
 ) -> LatencyComparison:
-    """Times two networks in turns, in one process.
+    """Times two networks in turns.
 
     Args:
         before: The reference: a module, or a path to an ONNX file.
         after: The other one.
         inputs: One batch, positional.
-        backend: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
         device: Of the `torch` backend.
         settings: How long to go on.
+        processes: In how many fresh processes, one after another; 1 is this one. Not of the `torch` backend.
 
     Returns:
-        Medians, spreads, and the ratio with its bootstrap interval.
+        Medians, spreads, and the ratio with its interval.
 
     Raises:
         DeviceError: The device is not there; there is no fallback.
@@ -307,4 +310,12 @@ def measure(
         raise OptionError(f"inputs is a {type(inputs).__name__}: give the tensors in the order of forward")
     batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with memory_explained():
-        return timing.compare(before, [after], batch, backend=backend, device=device, settings=settings)[0]
+        return fresh.compare(
+            before,
+            [after],
+            batch,
+            processes=processes,
+            backend=backend,
+            device=device,
+            settings=settings,
+        )[0]

@@ -35,7 +35,7 @@ class Latency:
     """The time of one forward call.
 
     Attributes:
-        backend: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
         device: The device as its driver names it.
         batch_shape: Shape of the (first) input.
         threads: Intra-operator threads, 0 where it does not apply.
@@ -63,15 +63,16 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class LatencyComparison:
-    """Two networks timed alternately in one process.
+    """Two networks timed alternately, in one process or in each of several.
 
     Attributes:
         before: The reference.
         after: The candidate.
         ratio: Median over the pairs of `after / before`; below 1 means faster.
-        interval: Bootstrap interval of that median.
+        interval: Its interval, which comes from resampling rounds, and over processes if there were several.
         shared_by: How many equal regions `after` lacks; where more than one, `ratio` and `interval` are those of an
             equal share of the difference.
+        by_process: The median in each process where there were several, the ratio then being their geometric mean.
     """
 
     before: Latency
@@ -79,6 +80,7 @@ class LatencyComparison:
     ratio: float
     interval: Interval
     shared_by: int = 1
+    by_process: tuple[float, ...] = ()
 
     @property
     def saved_s(self) -> float:

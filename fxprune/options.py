@@ -36,7 +36,7 @@ __all__ = [
     "takes",
 ]
 
-Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda"]
+Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "openvino"]
 Cost = Literal["latency", "flops", "parameters"]
 Criterion = Literal["recovery", "l2", "kl"]
 FrontEnd = Literal["auto", "fx", "export"]
@@ -110,7 +110,7 @@ class Options:
             by default what the recipe says.
         cost: What a cut is to save: `latency`, measured, or `flops` or `parameters`, counted, where the machine at hand
             is not the one that will serve. A target is one of latency, and needs it.
-        backend: Where latency counts: `torch`, `onnxruntime-cpu` or `onnxruntime-cuda`.
+        backend: Where latency counts: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
         device: Where recovery runs, and the `torch` backend: `cpu`, `cuda` or `cuda:N`; by default where the model is.
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
         ignore: What must stay; see `fxprune.discover`.
@@ -128,7 +128,7 @@ class Options:
             side may take a quarter of it more.
         seed: Of every random draw. The same seed and number of threads give the same plan as long as measured
             latencies order the same.
-        threads: Of torch and onnxruntime on the CPU; by default torch's present number, or as many as the process may
+        threads: Of torch and the runtimes on the CPU; by default torch's present number, or as many as the process may
             use cores if those are fewer.
         out: Folder for the results, and for finished work: a run that was interrupted goes on from there.
         onnx: Whether `original.onnx` and `model.onnx` are among the results.

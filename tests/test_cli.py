@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,11 @@ from fxprune.errors import (
     SourceError,
     TargetError,
 )
-from fxprune.export import serving
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.reports import tables
 from fxprune.shell import arguments, cli, images, sources
-from fxprune.timing import latency
+from fxprune.timing import fresh, latency
 
 
 class Residual(nn.Module):
@@ -630,22 +630,24 @@ def write_onnx(path: Path, *shape: object) -> str:
 
 
 def compared(ratio: float, low: float, high: float) -> LatencyComparison:
-    return LatencyComparison(timing(0.004), timing(0.004 * ratio), ratio, Interval(low, high))
+    medians = (ratio - 0.05, ratio, ratio + 0.05)
+    return LatencyComparison(
+        timing(0.004), timing(0.004 * ratio), ratio, Interval(low, high), by_process=medians
+    )
 
 
 @pytest.fixture
 def timed(replace) -> Recorder:
     results = (compared(0.75, 0.74, 0.76), compared(1.5, 1.4, 1.6), compared(0.99, 0.9, 1.01))
-    replace("open_session", None, serving)
-    replace("conditions", {"provider": "CPUExecutionProvider"}, serving)
-    return replace("compare", results, latency)
+    replace("open_file", SimpleNamespace(conditions={"provider": "CPUExecutionProvider"}), latency)
+    return replace("compare", results, fresh)
 
 
 def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, capsys) -> None:
     files = [write_onnx(tmp_path / f"{name}.onnx", "batch", 3, 8, 8) for name in "abcd"]
     assert cli.main(["measure", *files, "--batch", "4", "--rounds", "9", "--threads", "2"]) == 0
     assert timed.args[:2] == (files[0], files[1:]) and timed.args[2][0].shape == (4, 3, 8, 8)
-    assert timed.kwargs["backend"] == "onnxruntime-cpu"
+    assert (timed.kwargs["backend"], timed.kwargs["processes"]) == ("onnxruntime-cpu", 3)
     settings = timed.kwargs["settings"]
     assert (settings.min_rounds, settings.max_rounds, settings.threads) == (9, 9, 2)
     out = capsys.readouterr().out
@@ -661,10 +663,11 @@ def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, ca
         strict=True,
     ):
         assert line.rstrip().endswith(words)
-    assert "onnxruntime-cpu on Some CPU, 2 threads, batch shape 4x3x8x8" in out
+    assert "onnxruntime-cpu on Some CPU, 2 threads, batch shape 4x3x8x8; 3 fresh processes" in out
     assert cli.main(["measure", *files, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [one["file"] for one in (data["before"], *data["after"])] == files
+    assert data["processes"] == 3 and data["after"][0]["ratio_by_process"] == [0.7, 0.75, 0.8]
     assert data["after"][0]["interval"] == {"low": 0.74, "high": 0.76, "level": 0.95}
     assert data["options"]["provider"] == "CPUExecutionProvider" and data["options"]["warmup"] == 5
 

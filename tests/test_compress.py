@@ -422,7 +422,7 @@ def test_several_inputs_and_structured_outputs() -> None:
         ({"recipe": "slow"}, OptionError, r"'slow'; choose from \['fast', 'practise'\]"),
         ({"criterion": "l1"}, OptionError, "criterion is 'l1'"),
         ({"selection": "random"}, OptionError, "selection is 'random'"),
-        ({"backend": "tensorrt"}, OptionError, "backend is 'tensorrt'"),
+        ({"backend": "abacus"}, OptionError, "backend is 'abacus'"),
         ({"images": 0}, OptionError, "images is 0"),
         ({"latency_batch": 0}, OptionError, "latency_batch is 0"),
         ({"threads": 0}, OptionError, "threads is 0"),

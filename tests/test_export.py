@@ -24,10 +24,11 @@ from torch.fx import GraphModule, symbolic_trace
 from torchvision.models import VisionTransformer
 
 import fxprune
-from fxprune.errors import ExportError, OptionError, ParityError
-from fxprune.export import conversion, onnx_file, parity, serving
+from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError, ParityError
+from fxprune.export import conversion, onnx_file, parity
 from fxprune.export.attention import FourDimensionalAttention
 from fxprune.graph.call import Inputs
+from fxprune.runtimes import onnxruntime, openvino
 from fxprune.tracing.evaluation import evaluation_copy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,10 +96,10 @@ def test_the_file_equals_the_network_at_every_batch_size(
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert record.opset == proto.opset_import[0].version
     assert record.inputs == tuple(entry.name for entry in proto.graph.input)
-    session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
+    session = onnxruntime.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
     x = torch.randn(7, 3, 8, 8)
     network = evaluation_copy(model).requires_grad_(False)
-    np.testing.assert_allclose(serving.run(session, [x])[0], network(x).numpy(), atol=1e-5)
+    np.testing.assert_allclose(onnxruntime.run(session, [x])[0], network(x).numpy(), atol=1e-5)
 
 
 def test_the_network_keeps_its_mode_weights_and_gradients(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_image_size_may_stay_free(tmp_path: Path) -> None:
     shape = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape
     assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 3, "height", "width"]
     x = torch.randn(3, 3, 13, 17)
-    (y,) = serving.run(serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
+    (y,) = onnxruntime.run(onnxruntime.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
     with torch.no_grad():
         np.testing.assert_allclose(y, model(x).numpy(), atol=1e-5)
 
@@ -227,8 +228,8 @@ def converted(linear: tuple[nn.Module, onnx.ModelProto], monkeypatch: pytest.Mon
 
 
 def perturb(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> None:
-    genuine = serving.run
-    monkeypatch.setattr(serving, "run", lambda session, inputs: change(genuine(session, inputs)))
+    genuine = onnxruntime.run
+    monkeypatch.setattr(onnxruntime, "run", lambda session, inputs: change(genuine(session, inputs)))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +404,7 @@ def test_weights_beyond_what_protobuf_holds_lie_beside_the_file(
         and table in (tmp_path / "m.onnx.data").read_bytes()
     )
     x = torch.randn(3, 3)
-    (y,) = serving.run(serving.open_session(path, device="cpu", threads=1), [x])
+    (y,) = onnxruntime.run(onnxruntime.open_session(path, device="cpu", threads=1), [x])
     np.testing.assert_allclose(y, converted(x).detach().numpy(), atol=1e-6)
 
 
@@ -446,7 +447,7 @@ def test_names_can_be_given(tmp_path: Path) -> None:
     }  # what nodes are called too
     record = onnx_file.export_onnx(Several(), tmp_path / "m.onnx", inputs, **names)
     assert record.inputs == ("r", "mul") and record.outputs == ("add", "double", "left")
-    session = serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
+    session = onnxruntime.open_session(tmp_path / "m.onnx", device="cpu", threads=1)
     total, double, right = session.run(
         ["add", "double", "left"], {"mul": inputs["left"].numpy(), "r": inputs["right"].numpy()}
     )
@@ -551,7 +552,7 @@ def test_a_bias_that_overwrote_anothers_is_caught(tmp_path: Path, monkeypatch: p
 def test_both_sessions_are_compared(
     tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
-    genuine_open, genuine_run, wrong = serving.open_session, serving.run, []
+    genuine_open, genuine_run, wrong = onnxruntime.open_session, onnxruntime.run, []
 
     def open_session(*args: Any, optimised: bool, **options: Any) -> Any:
         session = genuine_open(*args, optimised=optimised, **options)
@@ -559,10 +560,57 @@ def test_both_sessions_are_compared(
             wrong.append(session)
         return session
 
-    monkeypatch.setattr(serving, "open_session", open_session)
-    monkeypatch.setattr(serving, "run", lambda s, inputs: [y + (s in wrong) for y in genuine_run(s, inputs)])
+    monkeypatch.setattr(onnxruntime, "open_session", open_session)
+    monkeypatch.setattr(
+        onnxruntime, "run", lambda s, inputs: [y + (s in wrong) for y in genuine_run(s, inputs)]
+    )
     with pytest.raises(ParityError, match=rf"onnxruntime {'optimised' if broken else 'unoptimised'}\)"):
         onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+
+
+def test_openvino_is_asked_where_it_is_installed(tmp_path: Path, converted: nn.Module) -> None:
+    pytest.importorskip("openvino")
+    record = onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert record.runtimes == ("onnxruntime unoptimised", "onnxruntime optimised", "OpenVINO")
+    assert record.note is None and record.checked.endswith("OpenVINO at batches of 1, 2, 7")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, run: Callable[[list[np.ndarray]], Any]) -> None:
+    """OpenVINO that answers what is made of onnxruntime's answers."""
+    monkeypatch.setattr(
+        openvino, "open_session", lambda path, threads: onnxruntime.open_session(path, device="cpu")
+    )
+    monkeypatch.setattr(openvino, "run", lambda session, inputs: run(onnxruntime.run(session, inputs)))
+
+
+def test_openvino_that_computes_something_else_is_named(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, lambda answers: [y + 0.1 for y in answers])
+    with pytest.raises(ParityError, match=r"by 0\.1 .*batch size \d, OpenVINO\)"):
+        onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_openvino_cannot_run_is_noted(
+    tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(answers: list[np.ndarray]) -> None:
+        raise MeasurementError("OpenVINO cannot run Rocket")
+
+    caplog.set_level("INFO", "fxprune")
+    stand_in(monkeypatch, run)
+    record = onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert record.runtimes == ("onnxruntime unoptimised", "onnxruntime optimised")
+    assert record.note == "not checked in OpenVINO: OpenVINO cannot run Rocket"
+    assert record.checked in caplog.text and record.note in record.checked
+    monkeypatch.setattr(openvino, "open_session", absent)
+    record = onnx_file.export_onnx(converted, tmp_path / "m.onnx", [torch.randn(2, 3)])
+    assert record.note == "not checked in OpenVINO: it is not there" and (tmp_path / "m.onnx").is_file()
+
+
+def absent(*_: object, **__: object) -> None:
+    raise DeviceError("it is not there")
 
 
 def test_examples_are_compared_as_they_are_where_there_are_enough() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import OptionError, ParityError
-from fxprune.export import onnx_file, serving
+from fxprune.export import onnx_file
 from fxprune.precision import half
+from fxprune.runtimes import onnxruntime
 from tests.tiny import images, tiny
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -65,7 +66,7 @@ def test_a_network_in_half_precision(tmp_path: Path) -> None:
     assert {tensor.data_type for tensor in proto.graph.initializer} - {onnx.TensorProto.INT64} == {HALF}
     assert record.kept == () and 0 < record.max_abs_diff <= record.tolerance < 0.1
     assert record.bytes == path.stat().st_size and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-    (y,) = serving.run(serving.open_session(path, device="cpu", threads=1), [images(7)])
+    (y,) = onnxruntime.run(onnxruntime.open_session(path, device="cpu", threads=1), [images(7)])
     with torch.no_grad():
         np.testing.assert_allclose(y, model(images(7)).numpy(), atol=record.tolerance)
 
@@ -90,7 +91,7 @@ class Up(nn.Module):
 def test_inputs_and_outputs_beyond_the_range_never_pass_through_it(tmp_path: Path) -> None:
     x = 1e3 * images(4)
     record = half.export_half(Up(), tmp_path / "m.onnx", [x])
-    (y,) = serving.run(serving.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
+    (y,) = onnxruntime.run(onnxruntime.open_session(tmp_path / "m.onnx", device="cpu", threads=1), [x])
     np.testing.assert_allclose(y, 1e3 * x.numpy(), rtol=1e-5)
     assert len(record.kept) == 1
 

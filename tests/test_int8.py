@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.calibration.drawing import draw
 from fxprune.errors import AgreementError, CalibrationError, ExportError, OptionError, ParityError
-from fxprune.export import serving
 from fxprune.export.onnx_file import EightBits, ExportRecord
 from fxprune.precision import int8
 from fxprune.precision.int8 import export_int8
+from fxprune.runtimes import onnxruntime
 from tests.tiny import images, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ def constants(proto: onnx.ModelProto) -> dict[str, Any]:
 
 
 def of(path: Path, x: Tensor) -> Tensor:
-    (y,) = serving.run(serving.open_session(path, device="cpu", threads=1), [x])
+    (y,) = onnxruntime.run(onnxruntime.open_session(path, device="cpu", threads=1), [x])
     return torch.from_numpy(y)
 
 

@@ -89,7 +89,10 @@ def test_sweep_and_its_file(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "tiny.onnx")
     export_onnx(tiny(), path, [images(2)], verify=False)
-    data = printed(capsys, "measure", path, path, path, "--rounds", "5", "--batch", "2", "--threads", "1")
+    asked = ("--rounds", "5", "--processes", "1", "--batch", "2", "--threads", "1")
+    data = printed(capsys, "measure", path, path, path, *asked)
+    assert data["processes"] == 1
+    assert all(one["ratio_by_process"] == [one["ratio"]] for one in data["after"])
     assert [one["runs"] % 5 for one in data["after"]] == [0, 0]
     for one in (data["before"], *data["after"]):
         assert one["median_s"] <= one["p90_s"] <= one["p95_s"] <= one["p99_s"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def require_sane(comparison: LatencyComparison, backend: str) -> None:
     assert comparison.interval.level == QUICK.level
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime-cpu"])
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime-cpu", "openvino"])
 def test_every_candidate_gets_a_comparison(backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
     found = latency.compare(network(3), [network(1), network(2)], [X], backend=backend, settings=QUICK)
     assert len(found) == 2
     for comparison in found:
@@ -191,9 +194,11 @@ def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backend": "tensorrt"}, "unknown"),
+        ({"backend": "abacus"}, "unknown"),
         ({"backend": "onnxruntime-cpu", "device": "cuda"}, "contradicts"),
         ({"backend": "onnxruntime-cuda", "device": "cpu"}, "contradicts"),
+        ({"backend": "openvino", "device": "cuda"}, "contradicts"),
+        ({"backend": "tensorrt", "device": "cpu"}, "contradicts"),
         ({"device": "abacus"}, "unknown"),
         ({"backend": "onnxruntime-cuda", "device": "cuda:1"}, "first device"),
     ],
@@ -216,6 +221,14 @@ def test_cuda_without_a_card_is_an_error(options: dict[str, str]) -> None:
         latency.compare(network(1), [network(1)], [X], **options)  # type: ignore[arg-type]
 
 
+def test_openvino_that_is_missing_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DeviceError, match="OpenVINO is not installed"):
+        latency.compare(network(1), [network(1)], [X], backend="openvino")
+    with pytest.raises(DeviceError, match="OpenVINO is not installed"):
+        fxprune.compress(network(1), [], k=1, backend="openvino")
+
+
 @without_cuda
 def test_no_name_for_a_card_that_is_not_there() -> None:
     with pytest.raises(DeviceError):
@@ -234,7 +247,7 @@ def test_cuda_is_timed_where_there_is_a_card(options: dict[str, str]) -> None:
 
 
 def test_files_are_not_for_torch_and_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(MeasurementError, match="choose an onnxruntime backend"):
+    with pytest.raises(MeasurementError, match="choose another backend"):
         latency.compare(network(1), [tmp_path / "x.onnx"], [X], settings=QUICK)
     with pytest.raises(MeasurementError, match="does not exist"):
         latency.compare(tmp_path / "x.onnx", [network(1)], [X], backend="onnxruntime-cpu")
@@ -243,7 +256,7 @@ def test_files_are_not_for_torch_and_must_exist(tmp_path: Path) -> None:
 def test_the_network_that_fails_is_named() -> None:
     with pytest.raises(MeasurementError, match="candidate 1 could not be timed"):
         latency.compare(network(1), [nn.Linear(5, 5)], [X], settings=QUICK)
-    with pytest.raises(MeasurementError, match="candidate 1 cannot be timed in onnxruntime"):
+    with pytest.raises(MeasurementError, match="candidate 1 cannot be timed as ONNX"):
         latency.compare(network(1), [nn.Linear(5, 5)], [X], backend="onnxruntime-cpu", settings=QUICK)
 
 

@@ -28,9 +28,10 @@ from fxprune.errors import (
     OutOfMemoryError,
     ParityError,
 )
-from fxprune.export import artifact, serving
+from fxprune.export import artifact
 from fxprune.pipeline import closing, exports, stages
 from fxprune.precision import int8
+from fxprune.runtimes import onnxruntime
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
@@ -92,8 +93,8 @@ def test_onnx_files_are_compared_on_the_calibration_images(
         seen.append(inputs[0])
         return genuine(session, inputs)
 
-    genuine = serving.run
-    monkeypatch.setattr(serving, "run", run)
+    genuine = onnxruntime.run
+    monkeypatch.setattr(onnxruntime, "run", run)
     compress(tmp_path, 2, onnx=True)
     assert len(seen) == 2 * 2 * 3  # two files, unoptimised and optimised, at three batch sizes
     assert all(torch.equal(batch, images()[: len(batch)]) for batch in seen)

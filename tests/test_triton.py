@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from fxprune import files
 from fxprune.errors import ArtifactError, FxpruneError, OptionError, SourceError
-from fxprune.export import serving
+from fxprune.runtimes import onnxruntime
 from fxprune.serving.network import read_network
 from fxprune.serving.triton import export_triton
 from fxprune.serving.triton_config import TritonSettings
@@ -230,8 +230,8 @@ def scattered(path: Path) -> Path:
 def test_weights_beside_a_file_travel_with_it(tmp_path: Path) -> None:
     export_triton(scattered(tmp_path / "net.onnx"), tmp_path / "r", "n")
     assert tree(tmp_path / "r" / "n") == ["1/model.onnx", "1/sub/3.bin", "1/two.bin", "config.pbtxt"]
-    (y,) = serving.run(
-        serving.open_session(tmp_path / "r" / "n" / "1" / "model.onnx", device="cpu"),
+    (y,) = onnxruntime.run(
+        onnxruntime.open_session(tmp_path / "r" / "n" / "1" / "model.onnx", device="cpu"),
         [np.ones((2, 3, 4, 4), np.float32)],
     )
     np.testing.assert_array_equal(y, [96, 96])

@@ -45,13 +45,13 @@ from benchmarks.common.result_file import ResultFile
 from benchmarks.judges.hooked_reference import Inputs, NoBypass, call, find_bypass, run_bypassed
 from benchmarks.judges.zoo import Case, cases
 from fxprune.errors import TraceError
-from fxprune.export import serving
 from fxprune.files import write_text_atomic
 from fxprune.graph.extract import share
 from fxprune.graph.regions import Discovery, Kind, Region
 from fxprune.options import FrontEnd
 from fxprune.passes import Adaptor, Cut, DropRegions, FoldAdaptors, Prepare
 from fxprune.placement.placement import find_sites
+from fxprune.runtimes import onnxruntime
 
 __all__ = ["Row", "main", "measure_case"]
 
@@ -244,8 +244,8 @@ def check_onnx(model: nn.Module, inputs: Inputs, row: Row) -> None:
 def _run_onnx(path: Path, inputs: Inputs) -> list[Tensor]:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     half = any(tensor.dtype == torch.float16 for tensor in tensors)
-    session = serving.open_session(path, device="cpu", half=half)
-    return _floats([torch.from_numpy(value) for value in serving.run(session, tensors)])
+    session = onnxruntime.open_session(path, device="cpu", half=half)
+    return _floats([torch.from_numpy(value) for value in onnxruntime.run(session, tensors)])
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> tuple[FrontEnd, fx.GraphModule]:

@@ -29,11 +29,13 @@ class Results:
 
     Attributes:
         failures: What could not be written, and why.
+        notes: What is to be said of what was.
     """
 
     def __init__(self, folder: Path | None, report: str, names: Sequence[str]) -> None:
         self._folder, self._report, self._names = folder, report, tuple(names)
         self.failures: list[FxpruneError] = []
+        self.notes: list[str] = []
 
     def begin(self) -> None:
         """Removes the files of the run before.

@@ -1,4 +1,4 @@
-"""Writing a network as ONNX, and proving in onnxruntime that it computes the same before the file appears."""
+"""Writing a network as ONNX, and proving in the runtimes that it computes the same before the file appears."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxprune._version import __version__
 from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.conversion import convert, folded
 from fxprune.export.naming import names_of, rename, settled
-from fxprune.export.parity import BATCH_SIZES, compare, resized
+from fxprune.export.parity import BATCH_SIZES, Parity, compare, resized
 from fxprune.export.running import run
 from fxprune.files import check_writable, replacing_with_company
 from fxprune.graph.call import Inputs, flat_tensors, positional
@@ -73,6 +73,8 @@ class ExportRecord:
         weights: SHA-256 of the network's weights, as it stands in the file's metadata.
         kept: Nodes that a file in half precision keeps in single precision.
         int8: Of a file in eight bits.
+        runtimes: What it was compared with torch in; empty if it was not.
+        note: Why OpenVINO is not among them, if it is not.
     """
 
     path: str
@@ -87,6 +89,17 @@ class ExportRecord:
     weights: str
     kept: tuple[str, ...] = ()
     int8: EightBits | None = None
+    runtimes: tuple[str, ...] = ()
+    note: str | None = None
+
+    @property
+    def checked(self) -> str:
+        """What it was compared with torch in, in words."""
+        if not self.runtimes:
+            return "not compared with torch"
+        sizes = ", ".join(map(str, self.batch_sizes))
+        known = f"agrees with torch within {self.max_abs_diff:.2g} in {', '.join(self.runtimes)} at batches of {sizes}"
+        return known if self.note is None else f"{known}; {self.note}"
 
 
 def export_onnx(
@@ -113,7 +126,8 @@ def export_onnx(
         path: The file to write, replaced if it exists; its folder is made if need be.
         example_inputs: Positional inputs, or keyword inputs by name; dimension 0 is the batch. Seven rows or more are
             compared as they are, fewer are repeated with a little noise. What is no tensor stays as it is given.
-        verify: Compare with torch in onnxruntime on the CPU at three batch sizes, unoptimised and optimised.
+        verify: Compare with torch on the CPU at three batch sizes: in onnxruntime, unoptimised and optimised, and in
+            OpenVINO where that is installed and knows the operators.
         tolerance: Largest absolute difference accepted. By default 1e-4 (half precision: 5e-3) times the
             largest absolute output, or times 1 if that is larger.
         opset: Version of the default operator set; torch's own choice if `None`.
@@ -128,7 +142,7 @@ def export_onnx(
     Raises:
         ExportError: The network has no ONNX form with a free batch size, or none in the opset or file format that was
             asked for; it returns something else than tensors, or cannot be written.
-        ParityError: onnxruntime computes something else than torch; no file is left.
+        ParityError: A runtime computes something else than torch; no file is left.
         OptionError: An input lacks a batch dimension, batch sizes differ, the tolerance is negative, or names are
             not unique or of another number.
     """
@@ -166,25 +180,30 @@ def export_onnx(
                 _logger.warning("onnx.checker refuses the graph (optimize=%s): %s", optimize, refusal)
             else:
                 raise ExportError(f"torch's exporter wrote ONNX that onnx.checker refuses: {refusal}")
-            diff, accepted = (
-                compare(reference, temporary, flat, tolerance) if verify else (0.0, tolerance or 0.0)
+            parity = (
+                compare(reference, temporary, flat, tolerance)
+                if verify
+                else Parity(0.0, tolerance or 0.0, (), None)
             )
             size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     except ArtifactError as error:
         raise ExportError(str(error)) from error
-    _logger.info("wrote %s: %d bytes, largest difference %.3g of %.3g", path, size, diff, accepted)
-    return ExportRecord(
+    record = ExportRecord(
         path=os.fspath(path),
         opset=written.opset_imports[""],
         ir_version=written.ir_version,
         inputs=names[0],
         outputs=names[1],
         batch_sizes=BATCH_SIZES if verify else (),
-        max_abs_diff=diff,
-        tolerance=accepted,
+        max_abs_diff=parity.max_abs_diff,
+        tolerance=parity.tolerance,
         bytes=size,
         weights=weights,
+        runtimes=parity.runtimes,
+        note=parity.note,
     )
+    _logger.info("wrote %s: %d bytes, %s", path, size, record.checked)
+    return record
 
 
 def validated(

@@ -1,24 +1,44 @@
-"""Whether an ONNX file computes what the network does: in onnxruntime, as written and as optimised."""
+"""Whether an ONNX file computes what the network does: in onnxruntime, as written and as optimised, and in OpenVINO."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from fxprune.errors import ExportError, MeasurementError, ParityError
-from fxprune.export import serving
+from fxprune.errors import DeviceError, ExportError, MeasurementError, ParityError
 from fxprune.export.messages import innermost
 from fxprune.export.running import refusal, run, tensors_of
 from fxprune.graph.call import Inputs
+from fxprune.runtimes import onnxruntime, openvino
+from fxprune.runtimes.feeds import Array
 
-__all__ = ["BATCH_SIZES", "compare", "resized"]
+__all__ = ["BATCH_SIZES", "Parity", "compare", "resized"]
 
 BATCH_SIZES = (1, 2, 7)
 _TOLERANCE = 1e-4
 _TOLERANCE_HALF = 5e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What comparing a file with its network came to.
+
+    Attributes:
+        max_abs_diff: The largest absolute difference.
+        tolerance: The largest that would have been accepted.
+        runtimes: What the file was run in.
+        note: Why it was not run in OpenVINO, if it was not.
+    """
+
+    max_abs_diff: float
+    tolerance: float
+    runtimes: tuple[str, ...]
+    note: str | None
 
 
 def resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
@@ -40,10 +60,11 @@ def resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
 
 def compare(
     network: nn.Module, path: str | os.PathLike[str], examples: Inputs, tolerance: float | None
-) -> tuple[float, float]:
-    """The largest absolute difference between file and network, and the acceptable one.
+) -> Parity:
+    """Run a file and its network at several batch sizes.
 
-    Both run at several batch sizes, the file without onnxruntime's optimisations and with all of them.
+    The file runs in onnxruntime, without its optimisations and with all of them, and in OpenVINO where that is
+    installed and knows the file's operators.
 
     Args:
         network: In evaluation mode, on the CPU.
@@ -55,39 +76,29 @@ def compare(
         ExportError: onnxruntime cannot load or run the file.
         ParityError: They differ by more than is acceptable.
     """
-    half_inputs = any(x.dtype == torch.float16 for x in examples.tensors())
-    try:
-        sessions = {
-            how: serving.open_session(
-                path, device="cpu", threads=torch.get_num_threads(), half=half_inputs, optimised=optimised
-            )
-            for how, optimised in (("unoptimised", False), ("optimised", True))
-        }
-    except MeasurementError as error:
-        raise ExportError(f"the ONNX file cannot be verified, no file was written: {error}") from error
-    worst, where, scale, half = 0.0, "", 1.0, False
-    for batch in BATCH_SIZES:
-        rows = resized(examples, batch, seed=batch)
-        expected = [x.numpy() for x in tensors_of(run(network, rows))]
-        half = half or any(x.dtype == np.float16 for x in expected)
-        # NaN spreads through max() of an array, though not through the built-in one.
-        scale = float(np.max([scale, *(_largest(x) for x in expected)]))
-        for how, session in sessions.items():
-            try:
-                actual = serving.run(session, rows.tensors())
-            except MeasurementError as error:
-                raise refusal(network, innermost(error)) from error
-            here = f"batch size {batch}, onnxruntime {how}"
-            shapes = [x.shape for x in expected], [x.shape for x in actual]
+    batches = [resized(examples, batch, seed=batch) for batch in BATCH_SIZES]
+    expected = [[x.numpy() for x in tensors_of(run(network, rows))] for rows in batches]
+    answers = _in_onnxruntime(network, path, batches)
+    others, note = _in_openvino(path, batches)
+    answers |= others
+    flat = [x for result in expected for x in result]
+    # NaN spreads through max() of an array, though not through the built-in one.
+    scale = float(np.max([1.0, *map(_largest, flat)]))
+    worst, where = 0.0, ""
+    for place, (batch, mine) in enumerate(zip(BATCH_SIZES, expected, strict=True)):
+        for runtime, results in answers.items():
+            theirs, here = results[place], f"batch size {batch}, {runtime}"
+            shapes = [x.shape for x in mine], [x.shape for x in theirs]
             if shapes[0] != shapes[1]:
                 raise ParityError(
                     f"the ONNX file returns shapes {shapes[1]}, torch {shapes[0]} ({here}); no file was written",
                     max_abs_diff=float("inf"),
                     tolerance=tolerance or 0.0,
                 )
-            difference = float(np.max([_largest(x, y) for x, y in zip(expected, actual, strict=True)]))
+            difference = float(np.max([_largest(x, y) for x, y in zip(mine, theirs, strict=True)]))
             if not difference <= worst and not np.isnan(worst):
                 worst, where = difference, here
+    half = any(x.dtype == np.float16 for x in flat)
     accepted = tolerance if tolerance is not None else (_TOLERANCE_HALF if half else _TOLERANCE) * scale
     if not worst <= accepted:
         raise ParityError(
@@ -96,8 +107,40 @@ def compare(
             max_abs_diff=worst,
             tolerance=accepted,
         )
-    return worst, accepted
+    return Parity(worst, accepted, tuple(answers), note)
 
 
-def _largest(x: serving.Array, minus: serving.Array | float = 0.0) -> float:
+def _in_onnxruntime(
+    network: nn.Module, path: str | os.PathLike[str], batches: Sequence[Inputs]
+) -> dict[str, list[list[Array]]]:
+    """What the file answers for each batch, as written and optimised."""
+    half = any(x.dtype == torch.float16 for x in batches[0].tensors())
+    answers = {}
+    for how, optimised in (("unoptimised", False), ("optimised", True)):
+        try:
+            session = onnxruntime.open_session(
+                path, device="cpu", threads=torch.get_num_threads(), half=half, optimised=optimised
+            )
+        except MeasurementError as error:
+            raise ExportError(f"the ONNX file cannot be verified, no file was written: {error}") from error
+        try:
+            results = [onnxruntime.run(session, rows.tensors()) for rows in batches]
+        except MeasurementError as error:
+            raise refusal(network, innermost(error)) from error
+        answers[f"onnxruntime {how}"] = results
+    return answers
+
+
+def _in_openvino(
+    path: str | os.PathLike[str], batches: Sequence[Inputs]
+) -> tuple[dict[str, list[list[Array]]], str | None]:
+    """The same of OpenVINO; nothing, and why, where it is missing or cannot run the file."""
+    try:
+        session = openvino.open_session(path, threads=torch.get_num_threads())
+        return {"OpenVINO": [openvino.run(session, rows.tensors()) for rows in batches]}, None
+    except (DeviceError, MeasurementError) as error:
+        return {}, f"not checked in OpenVINO: {error}"
+
+
+def _largest(x: Array, minus: Array | float = 0.0) -> float:
     return float(np.abs(x.astype(np.float64) - np.asarray(minus, np.float64)).max(initial=0.0))

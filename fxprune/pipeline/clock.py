@@ -70,7 +70,7 @@ def latencies_without(
 
 def _conditions(job: Job, settings: timing.TimingSettings) -> dict[str, Any]:
     backend = job.options.backend
-    place = job.original.device if backend == "torch" else backend.removeprefix("onnxruntime-")
+    place = timing.device_of(backend, job.original.device if backend == "torch" else None)
     return {
         "backend": backend,
         "machine": timing.device_name(place),

@@ -120,9 +120,10 @@ def _text_writer(name: str, text: str) -> Callable[[Path], object]:
 
 
 def _ended(report: CompressionReport, results: Results) -> CompressionReport:
-    """The report with what could not be written, and the hashes of what was."""
-    failures, files = same_everywhere(([str(error) for error in results.failures], results.hashes()))
-    return replace(report, notes=(*report.notes, *failures), files=files)
+    """The report with what could not be written, and what is known of what was."""
+    notes = (*results.notes, *map(str, results.failures))
+    notes, files = same_everywhere((notes, results.hashes()))
+    return replace(report, notes=(*report.notes, *notes), files=files)
 
 
 def _report(

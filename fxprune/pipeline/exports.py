@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -20,6 +21,8 @@ from fxprune.reports.fewer_bits import FewerBits
 
 __all__ = ["write_onnx"]
 
+_SINGLE = ("model.onnx", "original.onnx")
+
 
 def write_onnx(
     job: Job, results: Results, small: fx.GraphModule, cuts: Sequence[str]
@@ -35,7 +38,13 @@ def write_onnx(
 
     def write(name: str, export: Callable[..., ExportRecord], *given: Any, **settings: Any) -> None:
         network = job.original.graph if name == "original.onnx" else small
-        results.write(lambda folder: made.update({name: export(network, folder / name, *given, **settings)}))
+
+        def make(folder: Path) -> None:
+            made[name] = export(network, folder / name, *given, **settings)
+            if name in _SINGLE:
+                results.notes.append(f"{name} {made[name].checked}")
+
+        results.write(make)
 
     write("model.onnx", export_onnx, seven, cuts=cuts)
     write("original.onnx", export_onnx, seven)
@@ -46,5 +55,5 @@ def write_onnx(
             held_back, images = images.split(HELD_BACK, options.seed)
         least = options.min_agreement
         write("model.int8.onnx", export_int8, images, held_back, min_agreement=least, cuts=cuts)
-    fewer = [name for name in made if name not in ("model.onnx", "original.onnx")]
+    fewer = [name for name in made if name not in _SINGLE]
     return on_main(lambda: {name: FewerBits(made[name], compare_files(job, name)) for name in fewer})

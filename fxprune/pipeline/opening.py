@@ -53,6 +53,7 @@ from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
+from fxprune.timing.latency import device_of
 from fxprune.tracing.trace import traced
 from fxprune.tracing.unwrap import inner, unwrapped
 
@@ -88,6 +89,8 @@ def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | Non
             "labels and evaluate are for networks that are compressed as a whole, and the part that submodule= names "
             "has no accuracy of its own: measure the model that compress returns"
         )
+    if options.backend != "torch":
+        device_of(options.backend)  # one that is missing is said before any work
     options = options.filled(_device(options.device, model), options.threads or default_threads())
     with using_threads(options.threads), _plain_torch(), memory_explained():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))

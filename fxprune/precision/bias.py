@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from fxprune.export import serving
+from fxprune.runtimes import onnxruntime
 
 __all__ = ["add_biases", "correct_biases"]
 
@@ -66,8 +66,8 @@ def correct_biases(
         return rounded
     path = folder / "probe.onnx"
     ir.save(probe, path)
-    session = serving.open_session(path, device="cpu", threads=torch.get_num_threads())
-    runs = [serving.run(session, batch) for batch in batches]
+    session = onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads())
+    runs = [onnxruntime.run(session, batch) for batch in batches]
     for (whole, scale), *lost in zip(biases, *runs, strict=True):
         assert whole.const_value is not None
         mean = np.concatenate([x.reshape(len(x), -1) for x in lost]).mean(axis=0, dtype=np.float64)

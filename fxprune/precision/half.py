@@ -19,11 +19,11 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from fxprune.errors import ExportError, OptionError, ParityError
-from fxprune.export import serving
 from fxprune.export.onnx_file import ExportRecord, export_onnx, validated, writable
 from fxprune.export.running import run, tensors_of
 from fxprune.files import replacing
 from fxprune.graph.call import Inputs, flat_tensors, positional
+from fxprune.runtimes import onnxruntime
 from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["export_half"]
@@ -35,7 +35,7 @@ _LIMIT = 1e4
 _TOLERANCE = 5e-3
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-Array = serving.Array
+Array = onnxruntime.Array
 
 
 def export_half(
@@ -79,6 +79,8 @@ def export_half(
         tolerance=accepted,
         bytes=target.stat().st_size,
         kept=kept,
+        runtimes=("onnxruntime",),
+        note="not checked in OpenVINO, which would compute it in single precision",
     )
 
 
@@ -100,8 +102,10 @@ def _convert(
     _require_finite(half, rows)
     with replacing(path) as temporary:
         temporary.write_bytes(half.SerializeToString(deterministic=True))
-        session = serving.open_session(temporary, device="cpu", threads=torch.get_num_threads(), half=True)
-        answers = [serving.run(session, rows.tensors())]
+        session = onnxruntime.open_session(
+            temporary, device="cpu", threads=torch.get_num_threads(), half=True
+        )
+        answers = [onnxruntime.run(session, rows.tensors())]
         in_torch = None if kept else _in_torch(network, rows)  # it would overflow where nodes were kept
         answers += [] if in_torch is None else [in_torch]
         worst = _largest(
@@ -133,8 +137,10 @@ def _activations(proto: onnx.ModelProto, rows: Inputs) -> dict[str, Array]:
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
         path = Path(folder) / "shown.onnx"
         path.write_bytes(shown.SerializeToString())
-        session = serving.open_session(path, device="cpu", threads=torch.get_num_threads(), optimised=False)
-        values = serving.run(session, rows.tensors())
+        session = onnxruntime.open_session(
+            path, device="cpu", threads=torch.get_num_threads(), optimised=False
+        )
+        values = onnxruntime.run(session, rows.tensors())
     return {entry.name: value for entry, value in zip(session.get_outputs(), values, strict=True)}
 
 

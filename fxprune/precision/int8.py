@@ -22,13 +22,13 @@ from torch import nn
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import AgreementError, ExportError, OptionError, ParityError
-from fxprune.export import serving
 from fxprune.export.onnx_file import EightBits, ExportRecord, export_onnx, writable
 from fxprune.export.parity import BATCH_SIZES
 from fxprune.files import replacing
 from fxprune.graph.call import flat_tensors
 from fxprune.judging.answers import class_scores
 from fxprune.precision.bias import add_biases, correct_biases
+from fxprune.runtimes import onnxruntime
 
 __all__ = ["export_int8"]
 
@@ -161,7 +161,7 @@ def _rounded(
 def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
     """The number of convolutions, once onnxruntime computes all of them in eight bits."""
     optimised = folder / "optimised.onnx"
-    serving.open_session(path, device="cpu", threads=torch.get_num_threads(), optimised_to=optimised)
+    onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads(), optimised_to=optimised)
     kinds = Counter(node.op_type for node in onnx.load(optimised).graph.node)
     wanted: int = sum(node.op_type == "Conv" for node in single.graph.node)
     fused = kinds["QLinearConv"]
@@ -192,9 +192,9 @@ def _compared(single: Path, rounded: Path, batches: Batches) -> tuple[float | No
     return agreement, power / max(spread, 1e-30), max(float(np.abs(x).max()) for x in differences)
 
 
-def _outputs(path: Path, batches: Batches) -> list[serving.Array]:
-    session = serving.open_session(path, device="cpu", threads=torch.get_num_threads())
-    columns = zip(*(serving.run(session, batch) for batch in batches), strict=True)
+def _outputs(path: Path, batches: Batches) -> list[onnxruntime.Array]:
+    session = onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads())
+    columns = zip(*(onnxruntime.run(session, batch) for batch in batches), strict=True)
     return [np.concatenate(column) for column in columns]
 
 

@@ -29,11 +29,13 @@ def measurement(
     return {
         **{name: getattr(before, name) for name in _COMMON},
         "options": dict(options),
+        "processes": max(1, len(results[0].by_process)),
         "before": _timed(files[0], before),
         "after": [
             {
                 **_timed(file, result.after),
                 "ratio": result.ratio,
+                "ratio_by_process": list(result.by_process) or [result.ratio],
                 "interval": asdict(result.interval),
                 "saved_s": result.saved_s,
                 "verdict": result.verdict,
@@ -58,10 +60,14 @@ def measurement_table(data: Mapping[str, Any]) -> str:
     headers = ("network", "median ms", "p90", "p95", "p99", "images/s", "runs", "time / that of the first")
     return (
         f"{render(headers, rows)}\n\n{data['backend']} on {data['device']}, {data['threads']} threads, "
-        f"batch shape {'x'.join(map(str, data['batch_shape']))}"
+        f"batch shape {'x'.join(map(str, data['batch_shape']))}; {_where(data['processes'])}"
     )
 
 
 def _against(one: Mapping[str, Any]) -> str:
     low, high, level = (one["interval"][name] for name in ("low", "high", "level"))
     return f"{one['ratio']:.4f} ({level:.0%} {low:.4f} to {high:.4f}), {one['verdict']}"
+
+
+def _where(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} fresh processes, one after another"

@@ -199,7 +199,9 @@ def add_measure(parser: ArgumentParser) -> None:
     shape = "1,3,224,224"
     add("--input-shape", type=_shape, action="append", default=[], metavar=shape, help="one an input")
     _add_threads(parser)
-    add("--rounds", type=_positive, metavar="N", help="rounds (until the interval is narrow)")
+    add("--rounds", type=_positive, metavar="N", help="rounds in a process (until the interval is narrow)")
+    processes = "fresh processes, one after another, in each of which all take turns (3); 1 is this one alone"
+    add("--processes", type=_positive, default=3, metavar="N", help=processes)
 
 
 def add_report(parser: ArgumentParser) -> None:

@@ -235,10 +235,12 @@ def _apply(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from fxprune.export import serving
+    import torch
+
     from fxprune.reports.measurement import measurement, measurement_table
     from fxprune.shell.sources import onnx_inputs
-    from fxprune.timing.latency import TimingSettings, compare
+    from fxprune.timing import fresh
+    from fxprune.timing.latency import TimingSettings, open_file
 
     first, *others = files = [args.before, *args.after]
     inputs = onnx_inputs(first, batch=args.batch, shapes=args.input_shape)
@@ -249,11 +251,11 @@ def _measure(args: argparse.Namespace) -> None:
     # a number of rounds that was asked for is taken, however long it lasts
     rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
     settings = TimingSettings(threads=args.threads, **rounds)
-    results = compare(first, others, inputs, backend=args.backend, settings=settings)
-    session = serving.open_session(
-        first, device=args.backend.removeprefix("onnxruntime-"), threads=args.threads
+    results = fresh.compare(
+        first, others, inputs, processes=args.processes, backend=args.backend, settings=settings
     )
-    data = measurement(files, results, {**asdict(settings), **serving.conditions(session)})
+    told = open_file(first, args.backend, args.threads or torch.get_num_threads()).conditions
+    data = measurement(files, results, {**asdict(settings), **told})
     _print(args, data, measurement_table(data))
 
 

@@ -28,5 +28,5 @@ def peak_memory(device: str) -> int | None:
 def versions(device: str) -> dict[str, str]:
     """Versions of the software, and the device as its driver names it."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(device)}
-    packages = ("fxprune", "onnxruntime", "onnxruntime-gpu", "onnx")
+    packages = ("fxprune", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx")
     return found | {d.name: d.version for name in packages for d in metadata.distributions(name=name)}

@@ -1,7 +1,8 @@
-"""How long networks take, side by side: the one file that knows torch timing and onnxruntime timing.
+"""How long networks take, side by side: the one file that knows how torch and the runtimes are timed.
 
 All networks of a comparison live in one process and take turns in a drawn order, round by round
-(`rounds.py`), so that whatever slows the machine slows all of them. Times are seconds.
+(`rounds.py`), so that whatever slows the machine slows all of them; `fresh.py` does so in several processes, one after
+another. Times are seconds.
 """
 
 from __future__ import annotations
@@ -13,30 +14,63 @@ import platform
 import re
 import tempfile
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, cast, get_args
+from typing import NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
-from fxprune.export import serving
 from fxprune.export.onnx_file import export_onnx
 from fxprune.measurements import Latency, LatencyComparison
 from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
 from fxprune.progress import progress
+from fxprune.runtimes import onnxruntime, openvino
 from fxprune.timing.collector import collector_paused
-from fxprune.timing.rounds import Clock, Contestant, TimingSettings, race, ratios_by_round, warm_up
+from fxprune.timing.rounds import (
+    Clock,
+    Contestant,
+    Samples,
+    TimingSettings,
+    by_round,
+    race,
+    ratio_over_processes,
+    warm_up,
+)
 from fxprune.tracing.evaluation import evaluation_copy
 
-__all__ = ["BACKENDS", "Subject", "TimingSettings", "compare", "device_name"]
+__all__ = [
+    "BACKENDS",
+    "Opened",
+    "Subject",
+    "TimingSettings",
+    "as_file",
+    "compare",
+    "compared",
+    "device_name",
+    "device_of",
+    "open_file",
+    "take_samples",
+]
 
 BACKENDS = get_args(Backend)
 Subject: TypeAlias = "nn.Module | str | os.PathLike[str]"
+
+
+class Opened(NamedTuple):
+    """An ONNX file that was opened on a backend.
+
+    Attributes:
+        bind: Takes the inputs; what it returns runs the network on them, and waits for its end.
+        conditions: What the runtime was told.
+    """
+
+    bind: Callable[[Sequence[Tensor]], Callable[[], None]]
+    conditions: Mapping[str, object]
 
 
 def compare(
@@ -52,11 +86,11 @@ def compare(
     """Time a network against candidates, alternately, until the ratios are known well enough.
 
     Args:
-        before: The reference: a module, or the path of an ONNX file where `backend` is an onnxruntime one.
+        before: The reference: a module, or the path of an ONNX file where `backend` runs those.
         candidates: What to compare with it, likewise. Modules are not changed.
         inputs: The tensors of one call, batch first.
-        backend: One of `BACKENDS`; modules are exported for the onnxruntime ones.
-        device: `cpu` or `cuda[:N]` for torch (`cpu` by default); implied by the onnxruntime backends.
+        backend: One of `BACKENDS`; modules are exported for all but `torch`.
+        device: `cpu` or `cuda[:N]` for torch (`cpu` by default); implied by the others.
         settings: When to stop; the defaults if `None`.
         show_progress: Whether a bar is drawn.
 
@@ -64,32 +98,48 @@ def compare(
         One comparison per candidate, in their order.
 
     Raises:
-        DeviceError: CUDA is asked for and absent.
+        DeviceError: CUDA or OpenVINO is asked for and absent.
         MeasurementError: A network cannot be prepared or run on the backend.
         OptionError: The backend is unknown, contradicts the device, or there are no inputs.
     """
     settings = settings or TimingSettings()
-    place = _device_of(backend, device)
-    if not inputs:
-        raise OptionError("compare() needs the input tensors of one call, none were given")
     if not candidates:
         return ()
+    subjects = [before, *candidates]
+    samples = take_samples(subjects, inputs, backend, device, settings, show_progress=show_progress)
+    return compared([samples], inputs, settings)
+
+
+def take_samples(
+    subjects: Sequence[Subject],
+    inputs: Sequence[Tensor],
+    backend: str,
+    device: str | None,
+    settings: TimingSettings,
+    *,
+    show_progress: bool = False,
+) -> Samples:
+    """What networks take in this process, the reference first; arguments and errors are those of `compare`."""
+    place = device_of(backend, device)
+    if not inputs:
+        raise OptionError("compare() needs the input tensors of one call, none were given")
     gc.collect()
     with using_threads(settings.threads), collector_paused(), torch.inference_mode():
-        threads = torch.get_num_threads() if place.type == "cpu" else 0
         contestants = [
             _prepare(subject, f"candidate {i}" if i else "before", inputs, backend, place)
-            for i, subject in enumerate([before, *candidates])
+            for i, subject in enumerate(subjects)
         ]
         clock: Clock = partial(_cuda_clock, place) if place.type == "cuda" else _wall_clock
         warm_up(contestants, clock, settings.warmup)
         with progress("latency, at most", settings.max_seconds, "s", show=show_progress) as tell:
-            intervals = race(contestants, clock, settings, lambda share: tell(share * settings.max_seconds))
-    reference, *others = _latencies(contestants, backend, device_name(place), tuple(inputs[0].shape), threads)
-    return tuple(
-        LatencyComparison(reference, after, float(np.median(ratios)), interval)
-        for after, ratios, interval in zip(others, ratios_by_round(contestants), intervals, strict=True)
-    )
+            race(contestants, clock, settings, lambda share: tell(share * settings.max_seconds))
+        return Samples(
+            backend,
+            device_name(place),
+            torch.get_num_threads() if place.type == "cpu" else 0,
+            tuple(one.repeats for one in contestants),
+            tuple(tuple(one.samples) for one in contestants),
+        )
 
 
 def device_name(device: str | torch.device) -> str:
@@ -109,12 +159,34 @@ def device_name(device: str | torch.device) -> str:
     return platform.processor() or platform.machine() or "unknown processor"
 
 
-def _device_of(backend: str, device: str | None) -> torch.device:
-    """The device of a backend; the two must not contradict each other."""
+def compared(
+    processes: Sequence[Samples], inputs: Sequence[Tensor], settings: TimingSettings
+) -> tuple[LatencyComparison, ...]:
+    """What several processes, or one, measured of the same networks: one comparison per candidate, in their order."""
+    first = processes[0]
+    latencies = [
+        _latency([(one.seconds[i], one.repeats[i]) for one in processes], first, tuple(inputs[0].shape))
+        for i in range(len(first.seconds))
+    ]
+    found = []
+    for after, *ratios in zip(latencies[1:], *(by_round(one.seconds) for one in processes), strict=True):
+        ratio, interval = ratio_over_processes(ratios, settings)
+        medians = tuple(float(np.median(one)) for one in ratios) if len(processes) > 1 else ()
+        found.append(LatencyComparison(latencies[0], after, ratio, interval, by_process=medians))
+    return tuple(found)
+
+
+def device_of(backend: str, device: str | None = None) -> torch.device:
+    """The device of a backend; the two must not contradict each other.
+
+    Raises:
+        DeviceError: It, or a library that the backend needs, is not there.
+        OptionError: One of them is unknown, or they contradict each other.
+    """
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
     bound = backend != "torch"
-    implied = backend.removeprefix("onnxruntime-") if bound else "cpu"
+    implied = "cuda" if backend in ("onnxruntime-cuda", "tensorrt") else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device or implied):
         raise OptionError(f"device={device!r} is unknown: give cpu, cuda or cuda:N")
     place = torch.device(device or implied)
@@ -122,9 +194,13 @@ def _device_of(backend: str, device: str | None) -> torch.device:
         raise OptionError(f"backend={backend!r} runs on {implied}, which contradicts device={device!r}")
     if bound and place.index not in (None, 0):
         raise OptionError(f"backend={backend!r} runs on the first device only, not on device={device!r}")
+    if backend == "openvino":
+        openvino.require()
     if place.type == "cpu":
         return torch.device("cpu")
     _require_cuda(place)
+    if backend == "tensorrt":
+        onnxruntime.require_tensorrt()
     return torch.device("cuda", place.index or 0)
 
 
@@ -144,26 +220,51 @@ def _prepare(
     subject: Subject, label: str, inputs: Sequence[Tensor], backend: str, place: torch.device
 ) -> Contestant:
     """Make a network ready to be called without arguments, with everything in place on the device."""
-    if not isinstance(subject, nn.Module):
-        label = f"{label} ({os.fspath(subject)})"
-        if backend == "torch":
-            raise MeasurementError(
-                f"{label} is a file, and torch times modules only: choose an onnxruntime backend"
-            )
-        if not Path(subject).is_file():
-            raise MeasurementError(f"{label} does not exist: name an ONNX file")
-        return Contestant(label, _session_call(subject, inputs, place))
     if backend == "torch":
-        return Contestant(label, _module_call(subject, inputs, place))
+        if isinstance(subject, nn.Module):
+            return Contestant(label, _module_call(subject, inputs, place))
+        raise MeasurementError(
+            f"{label} ({os.fspath(subject)}) is a file, and torch times modules only: choose another backend"
+        )
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
-        path = Path(folder) / "network.onnx"
-        try:
-            # The exporter traces with autograd's own view counting, which inference mode switches off.
-            with torch.inference_mode(False):
-                export_onnx(subject, path, [x.clone() for x in inputs], verify=False)
-        except ExportError as error:
-            raise MeasurementError(f"{label} cannot be timed in onnxruntime: {error}") from error
-        return Contestant(label, _session_call(path, inputs, place))
+        path = as_file(subject, label, inputs, Path(folder))
+        named = label if isinstance(subject, nn.Module) else f"{label} ({path})"
+        return Contestant(named, _session_call(path, inputs, backend))
+
+
+def as_file(subject: Subject, label: str, inputs: Sequence[Tensor], folder: Path) -> Path:
+    """The ONNX file of a network: a module is written into the folder.
+
+    Raises:
+        MeasurementError: There is none.
+    """
+    if not isinstance(subject, nn.Module):
+        if not Path(subject).is_file():
+            raise MeasurementError(f"{label} ({os.fspath(subject)}) does not exist: name an ONNX file")
+        return Path(subject)
+    path = folder / f"{label}.onnx"
+    try:
+        # The exporter traces with autograd's own view counting, which inference mode switches off.
+        with torch.inference_mode(False):
+            export_onnx(subject, path, [x.clone() for x in inputs], verify=False)
+    except ExportError as error:
+        raise MeasurementError(f"{label} cannot be timed as ONNX: {error}") from error
+    return path
+
+
+def open_file(path: str | os.PathLike[str], backend: str, threads: int, *, half: bool = False) -> Opened:
+    """An ONNX file on a backend other than `torch`.
+
+    Raises:
+        DeviceError: The backend is not there.
+        MeasurementError: It cannot load the file.
+    """
+    if backend == "openvino":
+        compiled = openvino.open_session(path, threads=threads)
+        return Opened(partial(openvino.bound_call, compiled), openvino.conditions(compiled))
+    device = backend.removeprefix("onnxruntime-")
+    session = onnxruntime.open_session(path, device=device, threads=threads, half=half)
+    return Opened(partial(onnxruntime.bound_call, session), onnxruntime.conditions(session))
 
 
 def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Callable[[], None]:
@@ -173,12 +274,9 @@ def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.devic
     return partial(network, *(x.to(place) for x in inputs))
 
 
-def _session_call(
-    path: str | os.PathLike[str], inputs: Sequence[Tensor], place: torch.device
-) -> Callable[[], None]:
+def _session_call(path: str | os.PathLike[str], inputs: Sequence[Tensor], backend: str) -> Callable[[], None]:
     half = any(x.dtype == torch.float16 for x in inputs)
-    session = serving.open_session(path, device=place.type, threads=torch.get_num_threads(), half=half)
-    return serving.bound_call(session, inputs)
+    return open_file(path, backend, torch.get_num_threads(), half=half).bind(inputs)
 
 
 def _wall_clock(call: Callable[[], None], repeats: int) -> float:
@@ -199,12 +297,23 @@ def _cuda_clock(place: torch.device, call: Callable[[], None], repeats: int) -> 
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-def _latencies(
-    contestants: Sequence[Contestant], backend: str, device: str, shape: tuple[int, ...], threads: int
-) -> Iterator[Latency]:
-    for one in contestants:
-        quantiles = np.percentile(one.samples, range(0, 101, 5)).tolist()
-        quarter, median, three_quarters, p90, p95 = (quantiles[i] for i in (5, 10, 15, 18, 19))
-        p99 = float(np.percentile(one.samples, 99))
-        spread, runs = three_quarters - quarter, len(one.samples) * one.repeats
-        yield Latency(backend, device, shape, threads, median, p95, spread, runs, tuple(quantiles), p90, p99)
+def _latency(
+    timed: Sequence[tuple[Sequence[float], int]], measured: Samples, shape: tuple[int, ...]
+) -> Latency:
+    """The seconds of one network in all processes, each with the calls that made a sample."""
+    seconds = np.concatenate([samples for samples, _ in timed])
+    quantiles = np.percentile(seconds, range(0, 101, 5)).tolist()
+    quarter, median, three_quarters, p90, p95 = (quantiles[i] for i in (5, 10, 15, 18, 19))
+    return Latency(
+        measured.backend,
+        measured.device,
+        shape,
+        measured.threads,
+        median,
+        p95,
+        iqr_s=three_quarters - quarter,
+        runs=sum(len(samples) * repeats for samples, repeats in timed),
+        quantiles_s=tuple(quantiles),
+        p90_s=p90,
+        p99_s=float(np.percentile(seconds, 99)),
+    )

@@ -21,7 +21,18 @@ from fxprune.errors import MeasurementError
 from fxprune.measurements import Interval
 from fxprune.validation import require
 
-__all__ = ["Clock", "Contestant", "TimingSettings", "median_interval", "race", "ratios_by_round", "warm_up"]
+__all__ = [
+    "Clock",
+    "Contestant",
+    "Samples",
+    "TimingSettings",
+    "by_round",
+    "median_interval",
+    "race",
+    "ratio_over_processes",
+    "ratios_by_round",
+    "warm_up",
+]
 
 # A sample of several calls lasts at least this long, so that the clock's own cost and grain do not show.
 _SAMPLE_S = 5e-3
@@ -100,6 +111,25 @@ class Contestant:
             raise MeasurementError(f"{self.label} could not be timed, a call failed: {gist}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What one process measured of some networks, the reference first.
+
+    Attributes:
+        backend: Where they ran.
+        device: On what, as its driver names it.
+        threads: Intra-operator threads, 0 where that does not apply.
+        repeats: For each network, the calls that made a sample.
+        seconds: For each network, seconds per call, round by round.
+    """
+
+    backend: str
+    device: str
+    threads: int
+    repeats: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+
 def median_interval(
     values: Sequence[float] | Times, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
@@ -163,5 +193,49 @@ def _narrow(ratios: Times, interval: Interval, settings: TimingSettings) -> bool
 
 def ratios_by_round(contestants: Sequence[Contestant]) -> list[Times]:
     """Candidate over reference, round by round."""
-    reference = np.asarray(contestants[0].samples)
-    return [np.asarray(candidate.samples) / reference for candidate in contestants[1:]]
+    return by_round([one.samples for one in contestants])
+
+
+def by_round(seconds: Sequence[Sequence[float]]) -> list[Times]:
+    """The same of samples alone, those of the reference first."""
+    reference, *others = map(np.asarray, seconds)
+    return [other / reference for other in others]
+
+
+def ratio_over_processes(ratios: Sequence[Times], settings: TimingSettings) -> tuple[float, Interval]:
+    """One ratio, and its interval, from the ratios by round of each of several processes, or of one.
+
+    Where memory comes to lie and which algorithms are chosen differs from process to process and not within one, so
+    processes are what is drawn at random, and few of them. To resample three of them would be too sure: it never
+    leaves the range of their medians, which holds the true one in three cases of four. So the ratio is the geometric
+    mean of the medians, with Student's interval of their logarithms, which is right for any number from two on (with
+    three it is 4.3 standard errors wide to either side), and counts the noise within processes as well. By chance
+    three medians may lie closer together than that noise lets one know them: the interval is never narrower than the
+    one from resampling rounds within the processes.
+    """
+    if len(ratios) == 1:
+        alone = median_interval(
+            ratios[0], level=settings.level, resamples=settings.resamples, seed=settings.seed
+        )
+        return float(np.median(ratios[0])), alone
+    logs = np.log([np.median(one) for one in ratios])
+    mean, count = float(logs.mean()), len(logs)
+    half = _student(settings.level, count - 1) * float(logs.std(ddof=1)) / math.sqrt(count)
+    rng = np.random.default_rng(settings.seed)
+    drawn = [
+        np.median(one[rng.integers(0, one.size, size=(settings.resamples, one.size))], axis=1)
+        for one in ratios
+    ]
+    tails = [(1 - settings.level) / 2, (1 + settings.level) / 2]
+    low, high = np.quantile(np.log(drawn).mean(axis=0), tails)
+    bounds = math.exp(min(mean - half, low)), math.exp(max(mean + half, high))
+    return math.exp(mean), Interval(*bounds, settings.level)
+
+
+def _student(level: float, freedom: int) -> float:
+    """How many standard errors to either side hold so large a share of Student's distribution."""
+    # with t = sqrt(freedom) * tan(angle) its density is that of cos(angle) ** (freedom - 1)
+    angles = np.linspace(0.0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    share = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level, share / share[-1], angles)))

@@ -28,8 +28,8 @@ from onnx import TensorProto
 
 import fxprune
 from benchmarks.common.networks import MODELS
-from fxprune.export import serving
 from fxprune.options import RECIPES
+from fxprune.runtimes import onnxruntime
 from fxprune.shell import cli
 from tests.test_triton import write
 
@@ -128,8 +128,8 @@ def compress(folder: Path) -> None:
     for version, network, name in (("1", model, "original"), ("2", small, "model")):
         with torch.no_grad():
             expected[f"torch_{version}"] = network(images).numpy()
-        session = serving.open_session(folder / "out" / f"{name}.onnx", device="cpu")
-        (expected[f"onnxruntime_{version}"],) = serving.run(session, [images])
+        session = onnxruntime.open_session(folder / "out" / f"{name}.onnx", device="cpu")
+        (expected[f"onnxruntime_{version}"],) = onnxruntime.run(session, [images])
     np.savez(folder / "expected.npz", **expected)
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
 from fxprune.errors import DeviceError, MeasurementError
+from fxprune.runtimes.feeds import Array, Values, arrays
 
-__all__ = ["bound_call", "conditions", "open_session", "run"]
+__all__ = ["Array", "bound_call", "conditions", "open_session", "require_tensorrt", "run"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# onnxruntime's own choice, written down: what it calls DEFAULT is the slow fallback.
+_TOLD = {"cpu": {}, "cuda": {"cudnn_conv_algo_search": "EXHAUSTIVE"}, "tensorrt": {}}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
+_TENSORRT_ADVICE = 'pip install "tensorrt-cu13>=10.13,<11"'
 # Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
 _LOG_ERRORS = 3
-
-Array = npt.NDArray[np.generic]
 
 
 def open_session(
@@ -38,7 +43,7 @@ def open_session(
 
     Args:
         path: An ONNX network.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `tensorrt`.
         threads: Intra-operator threads; `None` leaves the choice to onnxruntime.
         half: Whether the network computes in float16. On the CPU its memory layout is then left as it is: optimising
             that ends the whole process for some vision transformers (seen with onnxruntime 1.31).
@@ -51,7 +56,9 @@ def open_session(
     """
     if device not in _PROVIDERS:
         raise DeviceError(f"onnxruntime cannot run on {device!r} here: choose one of {', '.join(_PROVIDERS)}")
-    printed = _require_cuda() if device == "cuda" else ""
+    if device == "tensorrt":
+        require_tensorrt()
+    printed = "" if device == "cpu" else _require_cuda(_PROVIDERS[device])
     options = ort.SessionOptions()
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -64,14 +71,16 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=[_PROVIDERS[device]])
+        session = ort.InferenceSession(
+            os.fspath(path), options, providers=[(_PROVIDERS[device], _TOLD[device])]
+        )
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise MeasurementError(f"onnxruntime cannot load {os.fspath(path)} on {device}: {error}") from error
     used = session.get_providers()[0]
     if used != _PROVIDERS[device]:
         raise DeviceError(
             f"onnxruntime could not start {_PROVIDERS[device]} and fell back to {used}"
-            f" for {os.fspath(path)}; a CUDA library is missing or of the wrong version"
+            f" for {os.fspath(path)}; a library of the card is missing or of the wrong version"
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
     return session
@@ -88,7 +97,21 @@ def conditions(session: ort.InferenceSession) -> dict[str, object]:
     }
 
 
-def _require_cuda() -> str:
+def require_tensorrt() -> None:
+    """Load TensorRT for onnxruntime, whose provider is made for one of its versions.
+
+    Raises:
+        DeviceError: It is not there, or another version.
+    """
+    try:
+        version = str(importlib.import_module("tensorrt").__version__)
+    except ImportError as error:
+        raise DeviceError(f"TensorRT is not installed ({error}): {_TENSORRT_ADVICE}") from error
+    if not version.startswith("10."):
+        raise DeviceError(f"TensorRT {version} is installed, and onnxruntime needs 10: {_TENSORRT_ADVICE}")
+
+
+def _require_cuda(provider: str) -> str:
     """Load the CUDA libraries for onnxruntime and return what could not be loaded, in its own words."""
     if not torch.cuda.is_available():
         raise DeviceError(
@@ -97,15 +120,15 @@ def _require_cuda() -> str:
     # preload_dlls() prints the libraries that it cannot load instead of raising.
     with contextlib.redirect_stdout(io.StringIO()) as output:
         ort.preload_dlls()
-    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+    if provider not in ort.get_available_providers():
         raise DeviceError(
-            f"the installed onnxruntime {ort.__version__} has no CUDA support; "
+            f"the installed onnxruntime {ort.__version__} has no CUDA support ({provider}); "
             f"uninstall onnxruntime and {_CUDA_ADVICE}"
         )
     return " ".join(output.getvalue().split())
 
 
-def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> list[Array]:
+def run(session: ort.InferenceSession, inputs: Sequence[Values]) -> list[Array]:
     """Run once, with inputs in the order of the network's own; outputs come in graph order.
 
     Raises:
@@ -119,13 +142,13 @@ def run(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -
     return outputs
 
 
-def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> Callable[[], None]:
+def bound_call(session: ort.InferenceSession, inputs: Sequence[Values]) -> Callable[[], None]:
     """Bind inputs and outputs on the session's device: a call runs the network, without copies, and waits for its end.
 
     Raises:
         MeasurementError: The inputs do not fit the network; raised here or by the call.
     """
-    device = "cuda" if session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
+    device = "cpu" if session.get_providers()[0] == _PROVIDERS["cpu"] else "cuda"
     binding = session.io_binding()
     for name, array in _feeds(session, inputs).items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
@@ -142,11 +165,6 @@ def bound_call(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Ar
     return call
 
 
-def _feeds(session: ort.InferenceSession, inputs: Sequence[torch.Tensor | Array]) -> dict[str, Array]:
+def _feeds(session: ort.InferenceSession, inputs: Sequence[Values]) -> dict[str, Array]:
     names = [entry.name for entry in session.get_inputs()]
-    if len(names) != len(inputs):
-        raise MeasurementError(
-            f"the ONNX network takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} were given"
-        )
-    arrays = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in inputs)
-    return dict(zip(names, map(np.ascontiguousarray, arrays), strict=True))
+    return dict(zip(names, arrays(inputs, names), strict=True))

@@ -1,0 +1,1 @@
+"""What runs ONNX files: onnxruntime, and OpenVINO where it is installed."""
