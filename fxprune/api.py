@@ -22,12 +22,12 @@ from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
 from fxprune.pipeline.closing import close, close_sweep
 from fxprune.pipeline.opening import HELD_BACK, open_job
-from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import as_asked, choose, repair, score, survey
 from fxprune.precision.half import export_half
 from fxprune.precision.int8 import export_int8
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
+from fxprune.submodules.replacement import replace_submodule
 from fxprune.timing import fresh
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped

@@ -22,10 +22,10 @@ from fxprune.errors import CalibrationError, GraphError, OptionError, TraceError
 from fxprune.graph.regions import Region
 from fxprune.options import recipe_named
 from fxprune.passes import Canonicalize, DropRegions
-from fxprune.pipeline.capture import capture_inputs
-from fxprune.pipeline.replacement import replace_submodule
 from fxprune.recovery.original import Original
 from fxprune.recovery.recover import recover
+from fxprune.submodules.capture import capture_inputs
+from fxprune.submodules.replacement import replace_submodule
 from fxprune.tracing.trace import trace
 
 

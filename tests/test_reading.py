@@ -13,7 +13,7 @@ import fxprune
 from fxprune.calibration.reading import read_batch
 from fxprune.errors import CalibrationError
 from fxprune.graph.call import input_names
-from fxprune.pipeline.capture import capture_inputs
+from fxprune.submodules.capture import capture_inputs
 from tests.doubles import brief
 
 X, Y, LABELS = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4)

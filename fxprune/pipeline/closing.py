@@ -26,7 +26,6 @@ from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.clock import compare_networks
 from fxprune.pipeline.exports import write_onnx
 from fxprune.pipeline.job import Job
-from fxprune.pipeline.replacement import replace_submodule
 from fxprune.pipeline.stages import worst_fold_error
 from fxprune.processes.group import is_main, on_main, same_everywhere
 from fxprune.recovery.fidelity import overfitted
@@ -36,6 +35,7 @@ from fxprune.reports.layout import layout
 from fxprune.reports.page import PAGE, page
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
 from fxprune.selection.plans import BlockScore, DropPlan
+from fxprune.submodules.replacement import replace_submodule
 from fxprune.timing.environment import peak_memory, versions
 
 __all__ = ["close", "close_sweep"]

@@ -39,7 +39,6 @@ from fxprune.judging.judge import Evaluate, Judge
 from fxprune.memory import memory_explained
 from fxprune.options import FrontEnd, Options
 from fxprune.passes import Prepare
-from fxprune.pipeline.capture import capture_inputs
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
@@ -53,6 +52,7 @@ from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
+from fxprune.submodules.capture import capture_inputs
 from fxprune.timing.latency import device_of
 from fxprune.tracing.trace import traced
 from fxprune.tracing.unwrap import inner, unwrapped

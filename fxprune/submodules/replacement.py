@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
 from fxprune.graph.call import Inputs
-from fxprune.pipeline.capture import device_of, submodule_of
+from fxprune.submodules.capture import device_of, submodule_of
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import inner, unwrapped
 
