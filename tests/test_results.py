@@ -98,6 +98,8 @@ def test_onnx_files_are_compared_on_the_calibration_images(
     compress(tmp_path, 2, onnx=True)
     assert len(seen) == 2 * 2 * 3  # two files, unoptimised and optimised, at three batch sizes
     assert all(torch.equal(batch, images()[: len(batch)]) for batch in seen)
+    told = [note for note in report_of(tmp_path)["notes"] if "onnxruntime optimised" in note]
+    assert [note.split()[0] for note in told] == ["model.onnx", "original.onnx"]
 
 
 def test_files_in_fewer_bits_are_told_in_the_report(tmp_path: Path) -> None:
