@@ -205,25 +205,14 @@ class Options:
         if len(given) > 1:
             raise OptionError(f"give exactly one of {_GOALS_IN_WORDS}, not {given}")
         optional_count = "it must be a whole number, 1 or more"
+        speedup, latency, least = self.target_speedup, self.target_latency_ms, self.min_agreement
         require(
             self,
             (
                 ("k", self.k is None or is_whole(self.k), optional_count),
-                (
-                    "target_speedup",
-                    self.target_speedup is None or is_number(self.target_speedup, 1),
-                    "it must be above 1",
-                ),
-                (
-                    "target_latency_ms",
-                    self.target_latency_ms is None or is_number(self.target_latency_ms, 0),
-                    "it must be positive",
-                ),
-                (
-                    "min_agreement",
-                    self.min_agreement is None or 0 <= self.min_agreement <= 1,
-                    "it must lie in [0, 1]",
-                ),
+                ("target_speedup", speedup is None or is_number(speedup, 1), "it must be above 1"),
+                ("target_latency_ms", latency is None or is_number(latency, 0), "it must be positive"),
+                ("min_agreement", least is None or 0 <= least <= 1, "it must lie in [0, 1]"),
                 (
                     "criterion",
                     callable(self.criterion) or self.criterion in get_args(Criterion),

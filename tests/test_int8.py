@@ -106,10 +106,7 @@ def test_a_network_in_eight_bits(tmp_path: Path) -> None:
 
 
 def test_a_bias_takes_what_rounding_the_weights_adds_to_the_mean(tmp_path: Path) -> None:
-    class Alone(nn.Conv2d):
-        pass
-
-    model, x = Alone(3, 4, 3, bias=False).eval(), images(8) + 2
+    model, x = nn.Conv2d(3, 4, 3, bias=False).eval(), images(8) + 2
     fitted, held_back = draw(x[:6]), draw(x[6:])
     export_int8(model, tmp_path / "m.onnx", fitted, held_back)
     weights, _, bias, steps = rounded(onnx.load(tmp_path / "m.onnx"), "Conv")
