@@ -243,6 +243,20 @@ def placed(path: Path, location: str) -> Path:
     return path
 
 
+def test_links_to_weights_are_followed_only_where_the_file_lies(tmp_path: Path) -> None:
+    kept = scattered(tmp_path / "kept" / "net.onnx")
+    link = tmp_path / "links" / "net.onnx"
+    (link.parent / "sub").mkdir(parents=True)
+    for name in ("net.onnx", "two.bin", "sub/3.bin"):
+        (link.parent / name).symlink_to(kept.parent / name)
+    assert read_network(link).company == ("sub/3.bin", "two.bin")  # as a cache of downloads keeps them
+    (tmp_path / "secret").write_bytes(b"0000")
+    (link.parent / "two.bin").unlink()
+    (link.parent / "two.bin").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=r"weights in two.bin, outside"):
+        export_triton(link, tmp_path / "r", "n")
+
+
 NAMES = ("", ".", "..", ".hidden", "-rf", "a/b", "../a", "a\\b", "/a", "a b", "a\n", "\N{SNOWMAN}")
 
 

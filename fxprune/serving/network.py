@@ -88,7 +88,7 @@ def read_network(path: str | os.PathLike[str]) -> Network:
         raise SourceError(f"{path} has no input or no output: it is not an ONNX network.")
     company = sorted({str(tensor.location) for tensor in _external(graph)})
     for name in company:
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        if not _inside(path, PurePath(name)):
             raise SourceError(
                 f"{path} has weights in {name}, outside of its folder: write it anew as one file."
             )
@@ -97,6 +97,14 @@ def read_network(path: str | os.PathLike[str]) -> Network:
                 f"{path} has weights in {path.parent / name}, which does not exist: bring it along."
             )
     return Network(path, _ports(path, inputs), _ports(path, graph.outputs), tuple(company))
+
+
+def _inside(path: Path, name: PurePath) -> bool:
+    """Whether weights lie where the file does, as written and through links: a file may name anybody's secrets."""
+    if name.is_absolute() or ".." in name.parts:
+        return False
+    true = (path.parent / name).resolve()
+    return any(true.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent))
 
 
 def check_network(path: Path, source: Path) -> None:

@@ -58,7 +58,7 @@ def export_triton(
     Args:
         sources: A folder that `compress` wrote with `out=` and `onnx=True`, or ONNX files, one a version.
         repository: The repository's folder, made if need be; other models in it stay as they are.
-        name: The model's name: letters, digits, `_`, `-` and `.`, which do not come first.
+        name: The model's name: letters, digits and `_`, behind the first also `-` and `.`.
         versions: Of a folder: `original` and `compressed`, in this order by default.
         settings: How a server runs it.
         overwrite: Replace a model of this name.
@@ -71,7 +71,7 @@ def export_triton(
     settings = settings or TritonSettings()
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise OptionError(
-            f"{name!r} cannot name a model: give letters, digits, _, - and . in it, none of the latter two first"
+            f"{name!r} cannot name a model: give letters, digits and _, and behind the first also - and ."
         )
     networks = [read_network(file) for file in _files(sources, versions)]
     first = networks[0]
