@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fxprune.api import compress, export_onnx, load, measure, report, save, sweep
     from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
+    from fxprune.reading.read import from_onnx
     from fxprune.tracing.trace import trace
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "compress",
     "discover",
     "export_onnx",
+    "from_onnx",
     "load",
     "measure",
     "passes",
@@ -36,6 +38,7 @@ _HOME = {
     "compress": "fxprune.api",
     "discover": "fxprune.discovery.discovery",
     "export_onnx": "fxprune.api",
+    "from_onnx": "fxprune.reading.read",
     "load": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",

@@ -11,7 +11,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExportError, OptionError
 
-__all__ = ["names_of", "rename", "settled"]
+__all__ = ["NAMES", "names_of", "rename", "settled"]
+
+NAMES = "onnx_names"
+"""Key in a graph's `meta`: names of its inputs and outputs where it was read from a file that has some."""
 
 
 def names_of(values: Any, base: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from fxprune._version import __version__
 from fxprune.errors import ArtifactError, ExportError, OptionError
 from fxprune.export.conversion import convert, folded
-from fxprune.export.naming import names_of, rename, settled
+from fxprune.export.naming import NAMES, names_of, rename, settled
 from fxprune.export.parity import BATCH_SIZES, Parity, compare, resized
 from fxprune.export.running import run
 from fxprune.files import check_writable, replacing_with_company
@@ -132,8 +132,8 @@ def export_onnx(
             largest absolute output, or times 1 if that is larger.
         opset: Version of the default operator set; torch's own choice if `None`.
         ir_version: Version of the file format; torch's own choice if `None`.
-        input_names: One name for each tensor, in the order of `example_inputs`. By default the keywords of keyword
-            inputs, and `input`, `input_1` and so on.
+        input_names: One name for each tensor, in the order of `example_inputs`. By default those of the file that the
+            network was read from, the keywords of keyword inputs, else `input`, `input_1` and so on.
         output_names: One name for each tensor that the network returns. By default the keys of dicts and named tuples,
             and `output`, `output_1` and so on.
         dynamic_image_size: Leave height and width of every four-dimensional input free as well.
@@ -151,6 +151,7 @@ def export_onnx(
     original = evaluation_copy(model).requires_grad_(False).cpu()
     rows = resized(examples, _EXPORT_BATCH, seed=0)
     own = names_of((examples.args, examples.kwargs), "input"), names_of(run(original, rows), "output")
+    own = getattr(original, "meta", {}).get(NAMES, own)
     names = settled(own, (input_names, output_names))
     reference, flat = positional(original, examples), Inputs(flat_tensors(examples))
     small = positional(folded(original, rows), examples)

@@ -24,7 +24,9 @@ __all__ = [
     "add_sweep",
 ]
 
-FORMS = "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 file, or the folder of one"
+FORMS = (
+    "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 or .onnx file, or a folder with model.pt2"
+)
 """What names a network."""
 MOST_VALUES = 2**28
 """Values in one input: a GiB of float32."""

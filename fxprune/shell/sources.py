@@ -19,6 +19,7 @@ from fxprune.artifacts.loading import load_network
 from fxprune.artifacts.recipe import RECIPE
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
+from fxprune.reading.read import from_onnx
 from fxprune.shell.arguments import FORMS, MOST_VALUES
 from fxprune.validation import shortened
 
@@ -36,8 +37,8 @@ def load_model(spec: str) -> nn.Module:
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME`, `path/to/file.py:factory` (the file is run, and `factory()`
-            called), a `.pt2` file, or the folder that holds `model.pt2`; one that `fxprune.save` or `compress` wrote is
-            checked whole.
+            called), a `.pt2` or `.onnx` file, or the folder that holds `model.pt2`; one that `fxprune.save` or
+            `compress` wrote is checked whole.
 
     Raises:
         SourceError: There is no such network, or it cannot be built; the message says what there is.
@@ -50,6 +51,8 @@ def load_model(spec: str) -> nn.Module:
     if colon and path.endswith(".py"):
         return _factory_model(Path(path), factory).eval()
     suffix = Path(spec).suffix
+    if suffix == ".onnx":
+        return from_onnx(spec)
     if suffix == ".pt2" or (spec and Path(spec, "model.pt2").is_file()):
         if not Path(spec).exists():
             raise SourceError(f"The file {spec} does not exist.")

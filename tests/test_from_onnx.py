@@ -1,0 +1,201 @@
+"""ONNX files as networks: what onnxruntime computes is what the graph computes, and what cannot be read is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import fxprune
+from fxprune.errors import OptionError, SourceError
+from tests.tiny import BLOCKS, images, tiny
+
+Weights = dict[str, np.ndarray[Any, Any]]
+
+
+def write(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    weights: Weights,
+    *,
+    shape: tuple[object, ...] = ("batch", 4, 6, 6),
+    opset: int = 17,
+    outputs: tuple[str, ...] = ("y",),
+) -> Path:
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", values, made, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
+    return path
+
+
+def noise(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def whole(*numbers: int) -> np.ndarray[Any, Any]:
+    return np.array(numbers, dtype=np.int64)
+
+
+def one(kind: str, weights: Weights | None = None, **attributes: Any) -> tuple[list[onnx.NodeProto], Weights]:
+    weights = weights or {}
+    return [helper.make_node(kind, ["x", *weights], ["y"], name="node", **attributes)], weights
+
+
+OPERATORS: dict[str, tuple[list[onnx.NodeProto], Weights]] = {
+    "conv": one("Conv", {"a.weight": noise(8, 2, 3, 3), "a.bias": noise(8)}, group=2, pads=[1, 1, 1, 1]),
+    "conv, uneven pads": one("Conv", {"w": noise(8, 4, 3, 3)}, pads=[0, 1, 2, 1], strides=[2, 2]),
+    "conv, same": one("Conv", {"w": noise(8, 4, 3, 3)}, auto_pad="SAME_UPPER", strides=[2, 2]),
+    "conv transpose": one("ConvTranspose", {"w": noise(4, 5, 3, 3)}, strides=[2, 2], pads=[0, 1, 1, 1]),
+    "average": one("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2], ceil_mode=1),
+    "average, padding counted": one("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
+    "max": one("MaxPool", kernel_shape=[3, 3], pads=[0, 0, 1, 1], strides=[2, 2]),
+    "pad, negative": one("Pad", {"p": whole(0, 0, -1, 1, 0, 0, 2, -1)}),
+    "relu6": one("Clip", {"low": np.float32(0).reshape(()), "high": np.float32(6).reshape(())}),
+    "hard sigmoid": one("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "leaky": one("LeakyRelu", alpha=0.3),
+    "prelu": one("PRelu", {"s": noise(4, 1, 1)}),
+    "softmax": one("Softmax", axis=1),
+    "layer norm": one("LayerNormalization", {"n.weight": noise(6), "n.bias": noise(6)}, axis=-1),
+    "instance norm": one("InstanceNormalization", {"s": noise(4), "b": noise(4)}),
+    "reduce": one("ReduceMean", axes=[2, 3], keepdims=0),
+    "norm": one("ReduceL2", axes=[1], keepdims=1),
+    "transpose": one("Transpose", perm=[0, 2, 3, 1]),
+    "reshape": one("Reshape", {"s": whole(0, 2, -1)}),
+    "slice": one("Slice", {"a": whole(1), "b": whole(2**62), "c": whole(2), "d": whole(2)}),
+    "gather": one("Gather", {"i": whole(3, 0)}, axis=1),
+    "expand": one("Expand", {"s": whole(1, 4, 6, 6)}),
+    "depth to space": one("DepthToSpace", blocksize=2),
+    "space to depth": one("SpaceToDepth", blocksize=2),
+    "nearest": one("Resize", {"": noise(0), "s": np.float32([1, 1, 2, 2])}, mode="nearest",
+                   coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+    "linear": one("Resize", {"": noise(0), "s": np.float32([1, 1, 2, 2])}, mode="linear"),
+    "matmul": one("MatMul", {"w": noise(6, 5)}),
+    "power": one("Pow", {"p": np.float32(2).reshape(())}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_computes_what_onnxruntime_computes(name: str, tmp_path: Path) -> None:
+    nodes, weights = OPERATORS[name]
+    file = write(tmp_path / "net.onnx", nodes, {key: value for key, value in weights.items() if key})
+    graph = fxprune.from_onnx(file)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 7):
+        x = noise(batch, 4, 6, 6)
+        (wanted,) = session.run(None, {"x": x})
+        torch.testing.assert_close(graph(torch.from_numpy(x)).detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def exported(path: Path, batch: object) -> Path:
+    net = tiny()
+    fxprune.export_onnx(net, path, images(2))
+    if batch != "batch":
+        model = onnx.load(path)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = int(str(batch))
+        del model.graph.value_info[:]
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = int(str(batch))
+        onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_file_is_compressed_and_written_again(batch: object, tmp_path: Path) -> None:
+    graph = fxprune.from_onnx(exported(tmp_path / "net.onnx", batch))
+    torch.testing.assert_close(graph(images()), tiny()(images()), rtol=1e-4, atol=1e-5)
+    small = fxprune.compress(graph, images(), k=1, cost="flops", progress=False)
+    assert fxprune.report(small).plan.chosen[0] in BLOCKS
+    record = fxprune.export_onnx(small, tmp_path / "small.onnx")
+    assert (record.inputs, record.outputs) == (("input",), ("output",))
+
+
+def test_names_of_the_file_are_kept(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["scores:0"])]
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {}, outputs=("scores:0",)))
+    record = fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.randn(2, 4, 6, 6))
+    assert (record.inputs, record.outputs) == (("x",), ("scores:0",))
+
+
+def test_everything_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Hardmax", ["x"], ["a"], name="first"),
+        helper.make_node("Hardmax", ["a"], ["b"], name="second"),
+        helper.make_node("Shrink", ["x"], ["c"], name="third"),
+        helper.make_node("Add", ["b", "c"], ["y"], name="last"),
+    ]
+    with pytest.raises(
+        SourceError, match=r"Hardmax .* 2 of them, the first is first.*Shrink .* 1 of them"
+    ) as caught:
+        fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {}))
+    assert set(caught.value.nodes) == {"first", "second", "third"}
+
+
+def evil_location(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+
+
+def evil_size(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].dims[:] = [2**20, 2**11]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(evil_location, "outside the file's own folder"), (evil_size, "asks for 8589934592")]
+)
+def test_a_hostile_file_is_refused(
+    spoil: Callable[[onnx.ModelProto], None], words: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "net.onnx", *one("MatMul", {"w": noise(6, 5)}))
+    (tmp_path.parent / "secret").write_bytes(bytes(120))
+    model = onnx.load(file)
+    spoil(model)
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match=words):
+        fxprune.from_onnx(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("DequantizeLinear", "is quantised"), ("SequenceConstruct", "lists of tensors")]
+)
+def test_files_of_other_kinds_are_refused_in_words(kind: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=words):
+        fxprune.from_onnx(write(tmp_path / "net.onnx", *one(kind)))
+
+
+def test_names_never_become_code(tmp_path: Path) -> None:
+    name = '");import os;os._exit(3);("'
+    nodes = [
+        helper.make_node("Conv", ["x", f"{name}.weight"], ["a"], name=name),
+        helper.make_node("Add", ["a", name], ["y"], name=f"{name}+"),
+    ]
+    weights = {f"{name}.weight": noise(4, 4, 1, 1), name: noise(4, 1, 1)}
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, weights))
+    assert "os._exit(" not in graph.code
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_constant_may_be_called_as_a_module_is(first: bool, tmp_path: Path) -> None:
+    add = helper.make_node("Add", ["x" if first else "a", "conv"], ["s" if first else "y"], name="add")
+    conv = helper.make_node(
+        "Conv", ["s" if first else "x", "conv.weight"], ["y" if first else "a"], name="conv"
+    )
+    weights = {"conv.weight": noise(4, 4, 1, 1), "conv": noise(4, 1, 1)}
+    file = write(tmp_path / "net.onnx", [add, conv] if first else [conv, add], weights)
+    assert sum(node.op == "call_module" for node in fxprune.from_onnx(file).graph.nodes) == 1
+
+
+def test_a_free_width_of_something_else_than_images_has_to_be_given(tmp_path: Path) -> None:
+    file = write(tmp_path / "net.onnx", *one("Relu"), shape=("batch", 4, "length"))
+    with pytest.raises(OptionError, match="give input_shapes"):
+        fxprune.from_onnx(file)
+    assert fxprune.from_onnx(file, input_shapes=[(1, 4, 9)])(torch.ones(3, 4, 5)).shape == (3, 4, 5)
