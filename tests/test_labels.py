@@ -98,8 +98,10 @@ def test_branches_are_named_after_their_operators_where_those_tell_them_apart() 
     assert [r.label for r in with_unique_labels(found)] == ["layer#1", "layer#2"]
     alike = [branch("a", "mlp.0"), branch("b", "mlp.0")]
     assert [r.label for r in with_unique_labels(alike)] == ["layer#1", "layer#2"]
-    claimed = [*found, replace(region("layer.mlp", "c"), label="layer.mlp")]
+    claimed = [*found, region("layer.mlp", "c")]
     assert [r.label for r in with_unique_labels(claimed, norms)] == ["layer.attn", "layer#1", "layer.mlp"]
+    other = [*found, region("layer.mlp", "c", kind=Kind.SEQUENTIAL)]
+    assert [r.label for r in with_unique_labels(other, norms)] == ["layer.attn", "layer.mlp", "layer.mlp#1"]
 
 
 def test_a_class_protects_the_branches_of_its_modules() -> None:

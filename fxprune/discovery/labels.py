@@ -47,7 +47,7 @@ def with_unique_labels(regions: Sequence[Region], norms: Collection[str] = ()) -
     groups: dict[tuple[str, bool], list[int]] = {}
     for i in identity_first:
         groups.setdefault((regions[i].label, regions[i].kind is Kind.IDENTITY), []).append(i)
-    for (label, _), members in groups.items():
+    for (label, identity), members in groups.items():
         largest = max(members, key=lambda i: len(regions[i].body))
         inside = set(regions[largest].body)
         if label not in taken and all(inside.issuperset(regions[i].body) for i in members):
@@ -56,7 +56,9 @@ def with_unique_labels(regions: Sequence[Region], norms: Collection[str] = ()) -
         free = (name for number in count(1) if (name := f"{label}#{number}") not in taken)
         others = [i for i in members if i not in renamed]
         inner = {i: _common_path([path for path in regions[i].modules if path not in norms]) for i in others}
-        shared = {*taken, *(region.label for region in regions), *_repeated(inner.values())}
+        # an identity region is called the same whatever other kinds were asked for
+        plain = {region.label for region in regions if region.kind is Kind.IDENTITY or not identity}
+        shared = {*taken, *plain, *_repeated(inner.values())}
         for i in others:
             telling = inner[i].startswith(f"{label}.") and inner[i] not in shared
             renamed[i] = inner[i] if telling else next(free)
