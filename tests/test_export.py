@@ -292,9 +292,12 @@ def test_an_opset_that_cannot_be_had_is_refused(
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(19, None), (17, 8), (14, 7)])
 def test_versions_are_obeyed(tmp_path: Path, opset: int, ir_version: int | None) -> None:
-    record = onnx_file.export_onnx(
-        Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], opset=opset, ir_version=ir_version
-    )
+    export = partial(onnx_file.export_onnx, Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)])
+    if OLD_TORCH and opset < 18:  # its graphs hold what onnx's converter cannot write in an older set
+        with pytest.raises(ExportError, match=f"opset={opset} was asked for, and onnx's converter cannot"):
+            export(opset=opset, ir_version=ir_version)
+        return
+    record = export(opset=opset, ir_version=ir_version)
     proto = onnx.load(tmp_path / "m.onnx")
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
     assert (record.opset, record.ir_version) == (opset, proto.ir_version)
