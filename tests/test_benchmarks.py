@@ -470,6 +470,12 @@ def test_a_commands_note_leaves_out_where_the_data_are() -> None:
         assert options.parse(parser, given).command == "python -m benchmarks.claims.recovery --k 4"
 
 
+def test_a_commands_note_names_files_without_their_folders(tmp_path: Path) -> None:
+    parser = options.parser("recovery", "About.", out=None)
+    noted = options.parse(parser, ["--out", str(tmp_path / "first")]).command
+    assert noted == "python -m benchmarks.claims.recovery --out first"
+
+
 def test_a_commit_is_marked_for_what_differs_beside_results(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         who = ("-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false")

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,13 +73,14 @@ def parser(script: str, about: str | None, **defaults: Any) -> argparse.Argument
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line and note it as `command`, without the place of the data, which is each machine's own."""
+    """Parse a command line and note it as `command`, without the places of data and files: each machine has its own."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = made.parse_args(given)
     shown = [word for word in given if not word.startswith("--data=")]
     if "--data" in shown:
         place = shown.index("--data")
         shown[place : place + 2] = []
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in shown]
     arguments.command = f"{made.prog} {shlex.join(shown)}".strip()
     return arguments
 
