@@ -22,12 +22,9 @@ from fxprune.reading.layers import LAYERS
 from fxprune.reading.layout import LAYOUT
 from fxprune.reading.sizes import sizes_reader
 
-__all__ = ["INPUTS", "from_onnx"]
+__all__ = ["from_onnx"]
 
 logger = logging.getLogger(__name__)
-
-INPUTS = "onnx_inputs"
-"""Key in a graph's `meta`: the inputs of the file it was read from."""
 
 _READERS = {**LAYERS, **FUNCTIONS, **LAYOUT}
 _NO_READING = "not known here"
@@ -65,7 +62,7 @@ def from_onnx(path: str | os.PathLike[str], *, input_shapes: Sequence[Sequence[i
             shapes.batch,
         )
     names = tuple(entry.name for entry in file.inputs), file.outputs
-    gm.meta.update({NAMES: names, INPUTS: file.inputs})
+    gm.meta[NAMES] = names
     return gm
 
 
