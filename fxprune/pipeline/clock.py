@@ -12,6 +12,7 @@ from torch import fx
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
+from fxprune.options import Backend
 from fxprune.pipeline.job import Job
 from fxprune.processes.group import on_main
 from fxprune.scoring.stored import stored_latencies
@@ -37,13 +38,8 @@ def compare_networks(
     )
 
 
-def compare_files(job: Job, name: str) -> LatencyComparison | None:
-    """Times a file of the job's folder in fewer bits against `model.onnx`.
-
-    Returns:
-        None of half precision without CUDA: a CPU computes it in single precision.
-    """
-    backend = "onnxruntime-cpu" if "int8" in name else "onnxruntime-cuda"
+def compare_files(job: Job, name: str, backend: Backend) -> LatencyComparison | None:
+    """Times a file of the job's folder against `model.onnx`; None on another device than the CPU and the job's."""
     if job.folder is None or backend not in ("onnxruntime-cpu", job.options.backend):
         return None
     files, inputs = (job.folder / "model.onnx", [job.folder / name]), flat_tensors(_batch(job))

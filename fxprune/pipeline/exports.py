@@ -11,6 +11,7 @@ from torch import fx
 from fxprune.artifacts.results import Results
 from fxprune.export.onnx_file import ExportRecord, export_onnx
 from fxprune.export.parity import BATCH_SIZES
+from fxprune.options import Backend
 from fxprune.pipeline.clock import compare_files
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.opening import HELD_BACK
@@ -22,6 +23,11 @@ from fxprune.reports.fewer_bits import FewerBits
 __all__ = ["write_onnx"]
 
 _SINGLE = ("model.onnx", "original.onnx")
+# a CPU computes half precision in single
+_TIMED_ON: Mapping[str, Backend] = {
+    "model.fp16.onnx": "onnxruntime-cuda",
+    "model.int8.onnx": "onnxruntime-cpu",
+}
 
 
 def write_onnx(
@@ -56,4 +62,6 @@ def write_onnx(
         least = options.min_agreement
         write("model.int8.onnx", export_int8, images, held_back, min_agreement=least, cuts=cuts)
     fewer = [name for name in made if name not in _SINGLE]
-    return on_main(lambda: {name: FewerBits(made[name], compare_files(job, name)) for name in fewer})
+    return on_main(
+        lambda: {name: FewerBits(made[name], compare_files(job, name, _TIMED_ON[name])) for name in fewer}
+    )
