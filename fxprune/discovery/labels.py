@@ -41,6 +41,9 @@ def with_unique_labels(regions: Sequence[Region], norms: Collection[str] = ()) -
         regions: In graph order.
         norms: Module paths of the normalisations.
     """
+    # an identity region is called the same whatever other kinds were asked for
+    identities = {region.label for region in regions if region.kind is Kind.IDENTITY}
+    plain = {True: identities, False: {region.label for region in regions}}
     taken: set[str] = set()
     renamed: dict[int, str] = {}
     identity_first = sorted(range(len(regions)), key=lambda i: regions[i].kind is not Kind.IDENTITY)
@@ -56,11 +59,9 @@ def with_unique_labels(regions: Sequence[Region], norms: Collection[str] = ()) -
         free = (name for number in count(1) if (name := f"{label}#{number}") not in taken)
         others = [i for i in members if i not in renamed]
         inner = {i: _common_path([path for path in regions[i].modules if path not in norms]) for i in others}
-        # an identity region is called the same whatever other kinds were asked for
-        plain = {region.label for region in regions if region.kind is Kind.IDENTITY or not identity}
-        shared = {*taken, *plain, *_repeated(inner.values())}
+        shared = (taken, plain[identity], _repeated(inner.values()))
         for i in others:
-            telling = inner[i].startswith(f"{label}.") and inner[i] not in shared
+            telling = inner[i].startswith(f"{label}.") and not any(inner[i] in names for names in shared)
             renamed[i] = inner[i] if telling else next(free)
             taken.add(renamed[i])
     return [replace(region, label=renamed[i]) for i, region in enumerate(regions)]
