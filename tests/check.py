@@ -1,7 +1,8 @@
 """The gate: style, types, layers and tests, all of them even if one fails.
 
 `python -m tests.check`, and on demand the slow tests (`--slow`), the laws on examples drawn anew (`--thorough`), the
-tests with the lowest supported versions (`--lowest`) and with the built wheel (`--wheel`).
+tests with the lowest supported versions (`--lowest`) and with the built wheel (`--wheel`). Tests run in a process
+for each core, those of a file in one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fxprune.processes.threads import default_threads
 from tests.environments import ISOLATED, ROOT, with_lowest, with_wheel
 from tests.laws import THOROUGH
 
@@ -29,6 +31,8 @@ CHECKS = {
     "mypy": ("-m", "mypy"),
     "lint-imports": ("-c", LINT_IMPORTS, "--no-logo"),
 }
+MOST_PROCESSES = 8  # each takes up to three gigabytes
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def main() -> int:
@@ -68,15 +72,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checks(given: argparse.Namespace) -> dict[str, Callable[[], int]]:
     # pyproject.toml leaves the slow ones out; a later -m replaces its own
-    tests = ("-m", "pytest", *(("-m", "") if given.slow else ()))
+    spread = ("-n", str(min(default_threads(), MOST_PROCESSES)), "--dist", "loadfile")
+    tests = ("-m", "pytest", *spread, *(("-m", "") if given.slow else ()))
 
     def installed(make: Callable[[Path], tuple[Path, Path]], name: str) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             python, tree = make((given.environment or Path(temporary)).resolve() / name)
-            return subprocess.run([python, *tests], cwd=tree, env=ISOLATED, check=False).returncode
+            environment = {**ISOLATED, **ONE_THREAD}
+            return subprocess.run([python, *tests], cwd=tree, env=environment, check=False).returncode
 
     checks = {name: lambda command=command: _run(*command) for name, command in CHECKS.items()}
-    checks["pytest"] = lambda: _run(*tests)
+    checks["pytest"] = lambda: _run(*tests, **ONE_THREAD)
     if given.thorough:
         seed = random.SystemRandom().randrange(2**32)  # the failing run says it, so that it can be repeated
         laws = ("-m", "pytest", "-m", "hypothesis", f"--hypothesis-seed={seed}")

@@ -50,8 +50,10 @@ def labels(ignore: Any = (), front_end: str = "fx") -> list[str]:
         ("stages", []),
         ("*", []),
         (nn.ReLU6, ALL[:4]),
-        (lambda region: region.shape[-1] == 8, ALL[2:]),
-        (("stages.0", lambda region: region.label.endswith("3")), ALL[2:4]),
+        pytest.param(lambda region: region.shape[-1] == 8, ALL[2:], id="predicate"),
+        pytest.param(
+            ("stages.0", lambda region: region.label.endswith("3")), ALL[2:4], id="label and predicate"
+        ),
     ],
     ids=str,
 )
