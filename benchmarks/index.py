@@ -30,8 +30,9 @@ Made by `python -m benchmarks.index`; a test compares it with what that would wr
 - `results/`: a JSON file for each result, written by a script only;
 - `figures.txt`: which figure of which document comes from which file; `python -m benchmarks.figures` compares them.
 
-A commit with `+` had changes beside it that were not committed. Entries under a key that ends with "taken from" were
-put there by hand, before scripts alone wrote results; such files are to be measured again.
+Every commit is clean: a test refuses results that were made with changes beside them. The losses of the published
+procedure, hours of fitting, may be taken over from an earlier result; an entry `reference taken from/FILE` then names
+its commit and machine.
 
 """
 
@@ -66,15 +67,13 @@ def _claim(script: str) -> str:
 def _row(file: Path, result: Mapping[str, Any], script: str, claim: str) -> tuple[str, ...]:
     environment = result["environment"]
     commits = {origin["commit"] or "unknown" for origin in result.get("origins", {}).values()}
-    by_hand = any(key.endswith(" taken from") for key in result.get("entries", {}))
     machine = environment["machine"]
     return (
         claim,
         f"[{script}](claims/{script}.py)",
         f"`{result['command']}`" if result.get("command") else "not noted then",
         f"[{file.name}](results/{file.name})",
-        ", ".join(sorted(commits) or [environment["commit"] or "unknown"])
-        + (", in part by hand" if by_hand else ""),
+        ", ".join(sorted(commits) or [environment["commit"] or "unknown"]),
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores",
         environment["date"][:10],
     )
