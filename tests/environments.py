@@ -1,7 +1,7 @@
-"""Environments beside the present one, in which the installed package is tested: the wheel, and the lowest versions.
+"""Environments beside the present one: for the wheel, for the lowest versions, and for guests of the tests.
 
-Tests run in a copy of the repository that holds neither `fxprune/` nor `passes/`, so that the package which they
-import is the installed one.
+The installed package is tested in a copy of the repository that holds neither `fxprune/` nor `passes/`, so that the
+package which the tests import is that one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-__all__ = ["ISOLATED", "ROOT", "lower_bounds", "with_lowest", "with_wheel"]
+__all__ = ["ISOLATED", "ROOT", "CannotRunError", "lower_bounds", "with_guests", "with_lowest", "with_wheel"]
 
 ROOT = Path(__file__).resolve().parent.parent
 UNTRACKED = shutil.ignore_patterns(
@@ -31,6 +31,37 @@ ISOLATED = {name: value for name, value in os.environ.items() if name != "PYTHON
 """Environment variables for a Python that must find the installed package only."""
 
 WHERE = "import fxprune, fxprune.passes; print(fxprune.__file__); print(fxprune.passes.__file__)"
+
+
+class CannotRunError(Exception):
+    """A guest of the tests is not to be had here, for no fault of what is tested."""
+
+
+def with_guests(folder: Path, requirements: Path, *, beside_present: bool = False) -> Path:
+    """An environment for packages that the present one must not hold.
+
+    Args:
+        folder: Where to make it, unless it is there already.
+        requirements: A file that names them.
+        beside_present: Whether it reads everything else from the present one.
+
+    Returns:
+        Its Python.
+
+    Raises:
+        CannotRunError: They cannot be installed here.
+    """
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if beside_present:
+        _read_present(python)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run = subprocess.run([*pip, "-r", str(requirements)], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        why = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        raise CannotRunError(f"its packages cannot be installed here ({why[-1].removeprefix('ERROR: ')})")
+    return python
 
 
 def with_wheel(folder: Path) -> tuple[Path, Path]:
@@ -43,9 +74,7 @@ def with_wheel(folder: Path) -> tuple[Path, Path]:
         Its Python, and the folder in which to run the tests.
     """
     python = _environment(folder, Path(sys.executable))
-    import torch
-
-    (_site_packages(python) / "present.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    _read_present(python)
     return python, _installed(folder, python, "--no-deps", "--force-reinstall")
 
 
@@ -121,6 +150,13 @@ def _environment(folder: Path, python: Path) -> Path:
 
 def _site_packages(python: Path) -> Path:
     return Path(_answer(python, "import sysconfig; print(sysconfig.get_path('purelib'))", python.parent))
+
+
+def _read_present(python: Path) -> None:
+    """Lets an environment find what the present one holds."""
+    import torch
+
+    (_site_packages(python) / "present.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
 
 
 def _answer(python: Path, code: str, folder: Path) -> str:

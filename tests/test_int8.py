@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.calibration.drawing import draw
 from fxprune.errors import AgreementError, CalibrationError, ExportError, OptionError, ParityError
+from fxprune.export import parity
 from fxprune.export.onnx_file import EightBits, ExportRecord
 from fxprune.precision import int8
 from fxprune.precision.int8 import export_int8
-from fxprune.runtimes import onnxruntime
+from fxprune.reports.fewer_bits import FewerBits
+from fxprune.runtimes import onnxruntime, openvino
 from tests.tiny import images, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +180,9 @@ def ready(monkeypatch: pytest.MonkeyPatch, agreement: float | None, error: float
     monkeypatch.setattr(int8, "export_onnx", export_onnx)
     monkeypatch.setattr(int8, "_rounded", lambda proto, *_, **__: proto)
     monkeypatch.setattr(int8, "_require_fused", lambda *_: 3)
+    monkeypatch.setattr(int8, "_outputs", lambda *_: [])
     monkeypatch.setattr(int8, "_compared", lambda *_: (agreement, error, 1.0))
+    monkeypatch.setattr(int8, "in_openvino", lambda *_: (None, "not checked in OpenVINO: it is not there"))
     monkeypatch.setattr(onnx.checker, "check_model", lambda *_, **__: None)
 
 
@@ -228,8 +233,67 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         graph = onnx.helper.make_graph([node], "g", [given], [got], [by])
         opset = onnx.helper.make_opsetid("", 20)
         onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[opset]), file)
-    with pytest.raises(ParityError, match="not finite"):
-        int8._compared(*files, [(torch.ones(3, 2),)])
+    one, other = (int8._outputs(file, [(torch.ones(3, 2),)]) for file in files)
+    with pytest.raises(ParityError, match=r"not finite \(onnxruntime\)"):
+        int8._compared(one, other, "onnxruntime")
+
+
+def test_openvino_runs_the_file_where_it_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path, model = tmp_path / "m.onnx", tiny()
+    record = fxprune.export_onnx(model, path, int8=images(40))
+    assert record.runtimes == ("onnxruntime", "OpenVINO") and record.note is None
+    held_back, _ = draw(images(40)).split(0.2, seed=0)
+    x = held_back.inputs.tensors()[0]
+    (theirs,) = openvino.run(openvino.open_session(path, threads=1), [x])
+    ours, other = of(path, x), torch.from_numpy(theirs)
+    made = record.int8
+    assert made is not None and made.openvino_error is not None
+    assert made.openvino_agreement == float((ours.argmax(1) == other.argmax(1)).double().mean()) >= 0.9
+    error = float((ours - other).square().sum() / (ours - ours.mean(0)).square().sum())
+    assert made.openvino_error == pytest.approx(error, rel=1e-2, abs=1e-9) and error < 0.1
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_openvino_that_computes_something_else_is_warned_of(
+    classes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = onnxruntime.run
+    monkeypatch.setattr(openvino, "open_session", onnxruntime_session)
+    monkeypatch.setattr(openvino, "run", lambda session, inputs: [-y for y in run(session, inputs)])
+    monkeypatch.setattr(parity, "_TOLERANCE", float("inf"))
+    model, path = tiny() if classes else tiny().body, tmp_path / "m.onnx"
+    x = images(40) if classes else torch.randn(40, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    made = fxprune.export_onnx(model, path, int8=x).int8
+    held_back, _ = draw(x).split(0.2, seed=0)
+    y = of(path, held_back.inputs.tensors()[0])
+    error = float((2 * y).square().sum() / (y - y.mean(0)).square().sum())
+    assert made is not None and made.openvino_error == pytest.approx(error, rel=1e-3)
+    assert made.openvino_agreement == (0 if classes else None)
+    (said,) = (
+        r.getMessage() for r in caplog.records if "OpenVINO runs it in place of onnxruntime" in r.getMessage()
+    )
+    assert ("the class of 100.0 % of 8 held-back images" if classes else "of their variance") in said
+    monkeypatch.setattr(openvino, "run", lambda session, inputs: [y / 0 for y in run(session, inputs)])
+    with np.errstate(all="ignore"), pytest.raises(ParityError, match=r"not finite \(OpenVINO\)"):
+        fxprune.export_onnx(model, path, int8=x, verify=False)
+
+
+def onnxruntime_session(path: Path, threads: int) -> Any:
+    return onnxruntime.open_session(path, device="cpu", threads=threads)
+
+
+def test_why_openvino_did_not_run_the_file_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    record = fxprune.export_onnx(tiny(), tmp_path / "m.onnx", int8=images(10))
+    assert record.runtimes == ("onnxruntime",) and record.int8 is not None
+    assert record.int8.openvino_agreement is record.int8.openvino_error is None
+    assert record.note is not None and record.note.startswith("not checked in OpenVINO: ")
+    assert FewerBits(record, None).line.endswith(record.note)
+    told = replace(record, note=None, int8=replace(record.int8, openvino_agreement=0.5, openvino_error=0.25))
+    assert FewerBits(told, None).line.endswith("the same class as onnxruntime on 50.0 % of them")
+    told = replace(told, int8=replace(record.int8, openvino_error=0.25))
+    assert FewerBits(told, None).line.endswith("from onnxruntime's by 0.25 of their variance")
 
 
 def test_what_cannot_be_asked_for_together(tmp_path: Path) -> None:

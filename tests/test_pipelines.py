@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
+from importlib.resources import files
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +37,20 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     count_latency(monkeypatch)
     monkeypatch.setitem(RECIPES, "fast", brief())
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "tests" / "tiny.py", "tiny.py")
-    Path("net.py").write_text("from tiny import tiny as build\n")
-    save_file(tiny().state_dict(), "W.safetensors")
-    Path("images").mkdir()
-    for index in range(6):
-        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(f"images/{index}.png")
+    lay_out(tmp_path, images=6)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
+
+
+def lay_out(folder: Path, *, images: int) -> None:
+    """Puts a network, its weights and images where the recipes look for them."""
+    shutil.copy(ROOT / "tests" / "tiny.py", folder)
+    (folder / "net.py").write_text("from tiny import tiny as build\n")
+    save_file(tiny().state_dict(), folder / "W.safetensors")
+    (folder / "images").mkdir()
+    for index in range(images):
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +118,26 @@ def test_mlflow_holds_figures_and_networks(
     assert kept.data.params["cut"] == ", ".join(fxprune.report(fxprune.load(folder)).plan.chosen)
     names = {file.path for file in mlflow.MlflowClient().list_artifacts(kept.info.run_id)}
     assert {"plan.json", "report.json", "report.html", "fxprune"} <= names
+
+
+def test_olive_finds_the_pass_and_its_settings() -> None:
+    known = json.loads(files("fxprune.integrations").joinpath("olive.json").read_text())["passes"]
+    module, _, name = known["FxPrune"]["module_path"].rpartition(".")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    assert name in {
+        node.name for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.ClassDef)
+    }
+    cut = json.loads((RECIPES_OF / "olive.json").read_text())["passes"]["cut"]
+    assert cut["type"] in known and json.dumps(cut) in (ROOT / "docs" / "pipelines.md").read_text()
+    assert cut.keys() - {"type", "data_config"} <= signature(fxprune.compress).parameters.keys()
+
+
+def test_without_olive_its_pass_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "olive", None)
+    monkeypatch.delitem(sys.modules, "fxprune.integrations.olive", raising=False)
+    with pytest.raises(ImportError, match=r"needs Olive .*pip install olive-ai"):
+        import_module("fxprune.integrations.olive")
 
 
 def test_the_dockerfile_is_linted() -> None:

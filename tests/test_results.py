@@ -112,6 +112,7 @@ def test_files_in_fewer_bits_are_told_in_the_report(tmp_path: Path) -> None:
     single, rounded = ((tmp_path / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
     assert eight.latency.ratio == rounded / single  # see count_latency
     assert eight.export.int8 is not None and eight.export.int8.images + eight.export.int8.held_back == 12
+    assert "OpenVINO" in eight.line
     page = (tmp_path / "report.html").read_text()
     for one in (half, eight):
         assert one.line in str(fxprune.report(small)) and one.line in page

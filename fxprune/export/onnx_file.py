@@ -46,6 +46,9 @@ class EightBits:
         error: Mean squared difference of the outputs on them, over the variance of the outputs.
         convolutions: How many it has; onnxruntime computes all of them in eight bits.
         reduce_range: Whether its weights take seven bits, as on CPUs without VNNI they should.
+        openvino_agreement: Share of these images to which OpenVINO and onnxruntime give the same class with this file;
+            None without class scores, or where OpenVINO did not run it.
+        openvino_error: Mean squared difference of what the two return, over the variance; None likewise.
     """
 
     images: int
@@ -54,6 +57,8 @@ class EightBits:
     error: float
     convolutions: int
     reduce_range: bool
+    openvino_agreement: float | None = None
+    openvino_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class ExportRecord:
         weights: SHA-256 of the network's weights, as it stands in the file's metadata.
         kept: Nodes that a file in half precision keeps in single precision.
         int8: Of a file in eight bits.
-        runtimes: What it was compared with torch in; empty if it was not.
+        runtimes: What it was compared in, with torch or with single precision; empty if it was not.
         note: Why OpenVINO is not among them, if it is not.
     """
 

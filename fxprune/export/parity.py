@@ -17,7 +17,7 @@ from fxprune.graph.call import Inputs
 from fxprune.runtimes import onnxruntime, openvino
 from fxprune.runtimes.feeds import Array
 
-__all__ = ["BATCH_SIZES", "Parity", "compare", "resized"]
+__all__ = ["BATCH_SIZES", "Parity", "compare", "in_openvino", "resized"]
 
 BATCH_SIZES = (1, 2, 7)
 _TOLERANCE = 1e-4
@@ -79,8 +79,9 @@ def compare(
     batches = [resized(examples, batch, seed=batch) for batch in BATCH_SIZES]
     expected = [[x.numpy() for x in tensors_of(run(network, rows))] for rows in batches]
     answers = _in_onnxruntime(network, path, batches)
-    others, note = _in_openvino(path, batches)
-    answers |= others
+    others, note = in_openvino(path, [rows.tensors() for rows in batches])
+    if others is not None:
+        answers["OpenVINO"] = others
     flat = [x for result in expected for x in result]
     # NaN spreads through max() of an array, though not through the built-in one.
     scale = float(np.max([1.0, *map(_largest, flat)]))
@@ -131,15 +132,15 @@ def _in_onnxruntime(
     return answers
 
 
-def _in_openvino(
-    path: str | os.PathLike[str], batches: Sequence[Inputs]
-) -> tuple[dict[str, list[list[Array]]], str | None]:
-    """The same of OpenVINO; nothing, and why, where it is missing or cannot run the file."""
+def in_openvino(
+    path: str | os.PathLike[str], batches: Sequence[Sequence[torch.Tensor]]
+) -> tuple[list[list[Array]] | None, str | None]:
+    """What OpenVINO answers for each batch; None, and why, where it is missing or cannot run the file."""
     try:
         session = openvino.open_session(path, threads=torch.get_num_threads())
-        return {"OpenVINO": [openvino.run(session, rows.tensors()) for rows in batches]}, None
+        return [openvino.run(session, batch) for batch in batches], None
     except (DeviceError, MeasurementError) as error:
-        return {}, f"not checked in OpenVINO: {error}"
+        return None, f"not checked in OpenVINO: {error}"
 
 
 def _largest(x: Array, minus: Array | float = 0.0) -> float:

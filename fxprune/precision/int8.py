@@ -23,7 +23,7 @@ from torch import nn
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import AgreementError, ExportError, OptionError, ParityError
 from fxprune.export.onnx_file import EightBits, ExportRecord, export_onnx, writable
-from fxprune.export.parity import BATCH_SIZES
+from fxprune.export.parity import BATCH_SIZES, in_openvino
 from fxprune.files import replacing
 from fxprune.graph.call import flat_tensors
 from fxprune.judging.answers import class_scores
@@ -54,7 +54,8 @@ def export_int8(
     """Write `model` as an ONNX file that computes in eight bits, and whose inputs and outputs keep their types.
 
     Weights are rounded for each channel, activations for each value; ranges are the smallest and largest values on the
-    images. What rounding the weights adds to a channel's mean is taken off its bias.
+    images. What rounding the weights adds to a channel's mean is taken off its bias. Where OpenVINO is installed, it is
+    asked whether it computes the same of the file as onnxruntime does.
 
     Args:
         model: As for `export_onnx`.
@@ -89,9 +90,12 @@ def export_int8(
         onnx.checker.check_model(rounded, full_check=True)
         temporary.write_bytes(rounded.SerializeToString(deterministic=True))
         convolutions = _require_fused(proto, temporary, Path(folder))
-        agreement, error, difference = _compared(single, temporary, judged)
+        exact, answers = (_outputs(file, judged) for file in (single, temporary))
+        agreement, error, difference = _compared(exact, answers, "onnxruntime")
         _require(agreement, min_agreement, held_back.size)
-    eight = EightBits(images.size, held_back.size, agreement, error, convolutions, reduced)
+        others, note = in_openvino(temporary, judged)
+        elsewhere = (None, None) if others is None else _compared(answers, _joined(others), "OpenVINO")[:2]
+    eight = EightBits(images.size, held_back.size, agreement, error, convolutions, reduced, *elsewhere)
     _advise(path, eight)
     return replace(
         record,
@@ -101,23 +105,38 @@ def export_int8(
         tolerance=float("inf"),
         bytes=target.stat().st_size,
         int8=eight,
+        runtimes=("onnxruntime",) if others is None else ("onnxruntime", "OpenVINO"),
+        note=note,
     )
 
 
 def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
-    """Warns where the file is far from single precision."""
-    if made.agreement is None and made.error > _LARGE_ERROR:
-        changed = f"the outputs by {made.error:.2g} of their variance"
-    elif made.agreement is not None and made.agreement < _LOW_AGREEMENT:
-        changed = f"the class of {100 * (1 - made.agreement):.1f} % of {made.held_back} held-back images"
-    else:
-        return
-    _logger.warning(
-        "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where OpenVINO "
-        "serves, NNCF on the file in single precision",
-        path,
-        changed,
-    )
+    """Warns where the file is far from single precision, or OpenVINO far from onnxruntime."""
+    changed = _change(made.agreement, made.error, made.held_back)
+    if changed is not None:
+        _logger.warning(
+            "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where "
+            "OpenVINO serves, NNCF on the file in single precision",
+            path,
+            changed,
+        )
+    changed = _change(made.openvino_agreement, made.openvino_error or 0.0, made.held_back)
+    if changed is not None:
+        _logger.warning(
+            "%s: where OpenVINO runs it in place of onnxruntime, that changes %s. Measure its accuracy there before "
+            "you serve it so, or make a file for it by NNCF from the one in single precision",
+            path,
+            changed,
+        )
+
+
+def _change(agreement: float | None, error: float, images: int) -> str | None:
+    """A difference in words, if it is large."""
+    if agreement is None and error > _LARGE_ERROR:
+        return f"the outputs by {error:.2g} of their variance"
+    if agreement is not None and agreement < _LOW_AGREEMENT:
+        return f"the class of {100 * (1 - agreement):.1f} % of {images} held-back images"
+    return None
 
 
 def _batches(images: CalibrationSet) -> Batches:
@@ -174,13 +193,15 @@ def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
     return wanted
 
 
-def _compared(single: Path, rounded: Path, batches: Batches) -> tuple[float | None, float, float]:
+def _compared(
+    before: list[onnxruntime.Array], after: list[onnxruntime.Array], runtime: str
+) -> tuple[float | None, float, float]:
     """Share of images of the same class, mean squared error over variance, and the largest difference."""
-    before, after = (_outputs(file, batches) for file in (single, rounded))
     differences = [y.astype(np.float64) - x.astype(np.float64) for x, y in zip(before, after, strict=True)]
     if not all(np.isfinite(one).all() for one in differences):
         raise ParityError(
-            "in eight bits the network returns values that are not finite; no file was written. Keep single precision",
+            f"in eight bits the network returns values that are not finite ({runtime}); no file was written. Keep "
+            "single precision",
             max_abs_diff=float("inf"),
             tolerance=float("inf"),
         )
@@ -194,8 +215,11 @@ def _compared(single: Path, rounded: Path, batches: Batches) -> tuple[float | No
 
 def _outputs(path: Path, batches: Batches) -> list[onnxruntime.Array]:
     session = onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads())
-    columns = zip(*(onnxruntime.run(session, batch) for batch in batches), strict=True)
-    return [np.concatenate(column) for column in columns]
+    return _joined([onnxruntime.run(session, batch) for batch in batches])
+
+
+def _joined(answers: list[list[onnxruntime.Array]]) -> list[onnxruntime.Array]:
+    return [np.concatenate(column) for column in zip(*answers, strict=True)]
 
 
 def _require(agreement: float | None, wanted: float | None, images: int) -> None:

@@ -31,15 +31,12 @@ from benchmarks.common.networks import MODELS
 from fxprune.options import RECIPES
 from fxprune.runtimes import onnxruntime
 from fxprune.shell import cli
+from tests.environments import CannotRunError, with_guests
 from tests.test_triton import write
 
 HERE = Path(__file__).resolve().parent
 CUT = ["layer1.1", "layer1.2", "layer2.1", "layer2.2"]
 IMAGES = 128
-
-
-class CannotRunError(Exception):
-    """There is no server here, for no fault of what is tested."""
 
 
 def main() -> int:
@@ -77,17 +74,7 @@ def environment(folder: Path) -> Path:
         ctypes.CDLL(str(Path(sysconfig.get_config_var("LIBDIR"), library)))
     except OSError:
         raise CannotRunError(f"{library} is missing, which Debian has as lib{python_name()}") from None
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run = subprocess.run(
-        [*pip, "-r", str(HERE / "requirements.txt")], capture_output=True, text=True, check=False
-    )
-    if run.returncode != 0:
-        why = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        raise CannotRunError(f"its packages cannot be installed here ({why[-1].removeprefix('ERROR: ')})")
-    return python
+    return with_guests(folder, HERE / "requirements.txt")
 
 
 def python_name() -> str:
