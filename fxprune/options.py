@@ -115,7 +115,7 @@ class Options:
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
         ignore: What must stay; see `fxprune.discover`.
         tap: Node or module whose output is mimicked, if not the features before the final pooling.
-        submodule: Path of the part to compress, of a model that cannot be traced as a whole.
+        submodule: Path of the part to compress, of a model that cannot be traced as a whole; see `fxprune.compress`.
         front_end: How the network is captured; see `fxprune.trace`.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use; of 20 or more a fifth is held back, to measure on what nothing was

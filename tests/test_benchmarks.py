@@ -387,6 +387,7 @@ def test_user_models_compresses_a_part_of_a_network_that_no_tracer_takes(
     assert (row["regions"], len(row["chosen"])) == (REGIONS, 1)
     assert row["parameters"][1] < row["parameters"][0]
     assert row["onnx_max_abs_diff"] < 1e-4
+    assert row["part_ratio"] < 1
     assert "tracker" in capsys.readouterr().out
 
 

@@ -99,7 +99,7 @@ def model() -> Detector:
 
 def test_inputs_are_what_the_submodule_gets_and_the_model_stays(model: Detector) -> None:
     before = copy.deepcopy(model.state_dict())
-    found = capture_inputs(model, "backbone.body", [images(3), images(2)], limit=10)
+    found = capture_inputs(model, "backbone.body", [images(3), images(2)], limit=10).images
     assert torch.equal(found.inputs.args[0], torch.cat([images(3), images(2)]) * 2)
     assert found.inputs.kwargs == {}
     assert model.training and model.backbone.body.training and model.calls == 0
@@ -120,7 +120,7 @@ def test_inputs_are_what_the_submodule_gets_and_the_model_stays(model: Detector)
     ],
 )
 def test_batches_are_given_to_the_model(model: Detector, batch: Any) -> None:
-    found = capture_inputs(model, "backbone.body", [batch])
+    found = capture_inputs(model, "backbone.body", [batch]).images
     assert torch.equal(found.inputs.args[0], images(2) * 2)
 
 
@@ -134,7 +134,7 @@ def test_batches_are_given_to_the_model(model: Detector, batch: Any) -> None:
     ],
 )
 def test_input_fn_is_taken_literally(model: Detector, input_fn: Callable[[Any], Any]) -> None:
-    found = capture_inputs(model, "backbone.body", [{"pixels": images(2)}], input_fn=input_fn)
+    found = capture_inputs(model, "backbone.body", [{"pixels": images(2)}], input_fn=input_fn).images
     assert torch.equal(found.inputs.args[0], images(2) * 2)
 
 
@@ -147,7 +147,7 @@ def test_limit_ends_the_reading(model: Detector) -> None:
             read += 1
             yield images(4)
 
-    assert capture_inputs(model, "backbone.body", endless(), limit=6).size == 6
+    assert capture_inputs(model, "backbone.body", endless(), limit=6).images.size == 6
     assert read == 2
 
 
@@ -156,7 +156,8 @@ def test_tensors_and_data_loaders_are_drawn_from(model: Detector, as_dataset: bo
     numbered = torch.arange(100.0).view(-1, 1, 1, 1).expand(100, 3, 4, 4)
     loader = DataLoader(TensorDataset(numbered), batch_size=5) if as_dataset else numbered
     rows = [
-        capture_inputs(model, "backbone.body", loader, limit=10, seed=s).inputs.args[0] for s in (0, 0, 1)
+        capture_inputs(model, "backbone.body", loader, limit=10, seed=s).images.inputs.args[0]
+        for s in (0, 0, 1)
     ]
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
@@ -173,7 +174,7 @@ def test_keywords_and_the_first_of_several_calls() -> None:
             first = self.body(scale=torch.ones(len(x), 1, 1, 1), x=x)
             return self.body(first["two"][:, :3])["one"]
 
-    found = capture_inputs(Twice(), "body", [images(2)])
+    found = capture_inputs(Twice(), "body", [images(2)]).images
     assert found.inputs.kwargs == {} and len(found.inputs.args) == 2
     assert torch.equal(found.inputs.args[0], images(2)) and found.inputs.args[1].shape == (2, 1, 1, 1)
 
@@ -235,7 +236,7 @@ def part_of(model: nn.Module, path: str, example: Any, front_end: str = "auto") 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 def test_an_unchanged_part_changes_nothing(model: Detector, front_end: str) -> None:
-    calibration = capture_inputs(model, "backbone.body", [images(4)])
+    calibration = capture_inputs(model, "backbone.body", [images(4)]).images
     model.backbone.body.stem.requires_grad_(False)
     part = part_of(model, "backbone.body", calibration.example(2).args, front_end)
     code = part.code
@@ -257,7 +258,7 @@ def test_an_unchanged_part_changes_nothing(model: Detector, front_end: str) -> N
 
 
 def test_dropping_in_a_part_equals_skipping_the_block(model: Detector) -> None:
-    calibration = capture_inputs(model, "backbone.body", [images(4)])
+    calibration = capture_inputs(model, "backbone.body", [images(4)]).images
     part = part_of(model, "backbone.body", calibration.example(2).args)
     (two,) = [region for region in discover(part).regions if region.label == "two"]
     DropRegions([two])(part)
@@ -269,7 +270,7 @@ def test_dropping_in_a_part_equals_skipping_the_block(model: Detector) -> None:
 
 
 def test_a_part_with_other_outputs_is_refused(model: Detector) -> None:
-    calibration = capture_inputs(model, "backbone.body", [images(2)])
+    calibration = capture_inputs(model, "backbone.body", [images(2)]).images
     for part in (nn.Identity(), nn.Conv2d(3, 4, 3)):
         with pytest.raises(GraphError, match=r"'backbone\.body' returns .*, the original .*\[2, 4, 6, 6\]"):
             replace_submodule(
@@ -322,7 +323,7 @@ def compress_part(
 ) -> nn.Module:
     """Two regions out of one part, and two iterations of mimicking its outputs."""
     before = copy.deepcopy(model.state_dict())
-    calibration = capture_inputs(model, path, loader, limit=4, **settings)
+    calibration = capture_inputs(model, path, loader, limit=4, **settings).images
     example = calibration.example(2)
     part = part_of(model, path, example.args).requires_grad_(False)
     regions = first_two(discover(part, kinds=kinds).regions)
@@ -393,7 +394,7 @@ def test_both_frames_of_raft_are_images() -> None:
     frames = torch.rand(2, 3, 3, 128, 128)
     found = capture_inputs(
         optical_flow.raft_small(weights=None), "feature_encoder", [frames], input_fn=tuple, limit=5
-    )
+    ).images
     assert found.size == 5
     assert found.inputs.args[0].shape == (5, 3, 128, 128)
 

@@ -116,5 +116,5 @@ def test_the_names_of_inputs_tell_what_is_required() -> None:
 def test_two_inputs_are_compressed_whole_and_in_part(batch: Any) -> None:
     whole = fxprune.compress(Pair(), [batch], regions=["encoder.1#all"], recipe=brief(), progress=False)
     assert whole(X, Y).shape == (4,)
-    captured = capture_inputs(Pair(), "encoder", [batch])
+    captured = capture_inputs(Pair(), "encoder", [batch]).images
     assert torch.equal(captured.inputs.args[0], X)

@@ -170,6 +170,20 @@ def test_a_part_of_a_hugging_face_model_keeps_what_the_class_can_do(
         torch.testing.assert_close(rebuilt(loader[0]["pixel_values"]).logits, outputs[0])
 
 
+def test_a_compressed_part_is_trained_by_the_trainer_of_hugging_face(tmp_path: Path) -> None:
+    need("transformers", "accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    small = compressed(VIT(), labelled(), submodule="vit")
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": 0} for _ in range(4)]
+    done = Trainer(model=small, args=arguments, train_dataset=rows).train()
+    assert done.global_step == 2
+    changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"vit", "classifier"}
+
+
 @pytest.mark.parametrize(
     "name",
     [

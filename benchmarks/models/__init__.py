@@ -1,1 +1,1 @@
-"""The networks that are measured, written out so that the published weights load by name."""
+"""The networks that are measured: written out so that published weights load by name, and those that users bring."""

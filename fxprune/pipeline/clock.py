@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.regions import Region
@@ -19,23 +19,45 @@ from fxprune.scoring.stored import stored_latencies
 from fxprune.timing import latency as timing
 from fxprune.timing.savings import without
 
-__all__ = ["compare_files", "compare_networks", "latencies_without"]
+__all__ = ["compare_files", "compare_networks", "compare_parts", "latencies_without"]
 
 
 def compare_networks(
     job: Job, networks: Sequence[fx.GraphModule], settings: timing.TimingSettings | None = None
 ) -> tuple[LatencyComparison, ...]:
-    """Times networks against the original, all in turns."""
-    batch, backend = _batch(job), job.options.backend
+    """Times networks against the original, all in turns; parts of a model each in their place, where that can be."""
+    whole, graphs = job.whole, [job.original.graph, *networks]
+    if whole is None:
+        return _compare(job, graphs, _batch(job), settings)
+    measured = _compare(job, [whole.around(graph) for graph in graphs], whole.batch, settings)
+    return tuple(_of_batch(one, whole.batch_shape) for one in measured)
+
+
+def compare_parts(job: Job, part: fx.GraphModule) -> LatencyComparison | None:
+    """Times a part by itself against the original one; None where `compare_networks` does."""
+    return None if job.whole is None else _compare(job, [job.original.graph, part], _batch(job))[0]
+
+
+def _compare(
+    job: Job, networks: Sequence[nn.Module], batch: Inputs, settings: timing.TimingSettings | None = None
+) -> tuple[LatencyComparison, ...]:
+    backend = job.options.backend
+    before, *after = (positional(network, batch) for network in networks)
     return timing.compare(
-        positional(job.original.graph, batch),
-        [positional(network, batch) for network in networks],
+        before,
+        after,
         flat_tensors(batch),
         backend=backend,
         device=job.original.device if backend == "torch" else None,
         settings=settings,
         show_progress=job.show_progress,
     )
+
+
+def _of_batch(measured: LatencyComparison, shape: tuple[int, ...]) -> LatencyComparison:
+    """What was measured on a list of images, as of one batch."""
+    before, after = (replace(one, batch_shape=shape) for one in (measured.before, measured.after))
+    return replace(measured, before=before, after=after)
 
 
 def compare_files(job: Job, name: str, backend: Backend) -> LatencyComparison | None:
@@ -72,4 +94,5 @@ def _conditions(job: Job, settings: timing.TimingSettings) -> dict[str, Any]:
         "machine": timing.device_name(place),
         "batch": job.latency_batch,
         "timing": asdict(settings),
+        "whole": None if job.whole is None else job.whole.identity,
     }

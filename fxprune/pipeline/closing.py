@@ -23,7 +23,7 @@ from fxprune.graph.weights import hash_weights
 from fxprune.judging.answers import changes
 from fxprune.judging.judge import Judgement
 from fxprune.measurements import LatencyComparison
-from fxprune.pipeline.clock import compare_networks
+from fxprune.pipeline.clock import compare_networks, compare_parts
 from fxprune.pipeline.exports import write_onnx
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.stages import worst_fold_error
@@ -63,9 +63,10 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
     results.write(lambda folder: write_plan(folder, origin))
     with job.stage("measurement"):
         latency = on_main(lambda: compare_networks(job, [small])[0])
+        part = on_main(lambda: compare_parts(job, small))
     with job.stage("evaluation"):
         judged = job.judge(small)
-    report = _report(job, plan, recovered, latency, judged)
+    report = replace(_report(job, plan, recovered, latency, judged), part_latency=part)
     if job.options.onnx:
         report = replace(report, fewer_bits=write_onnx(job, results, small, plan.chosen))
     shown = _ended(report, results)

@@ -17,6 +17,7 @@ from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.original import Original
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore
+from fxprune.submodules.whole import Whole
 
 __all__ = ["Job", "StageTimes"]
 
@@ -42,6 +43,7 @@ class Job:
     Attributes:
         options: What was asked for, defaults filled in.
         model: The caller's model, never changed.
+        whole: A copy of it, for latencies, where the network is a part of it and torch is timed.
         original: The network to be compressed, a private copy, and what always goes with it.
         trainable: Names of its parameters that the caller had not frozen.
         discovery: Regions and rejections.
@@ -61,6 +63,7 @@ class Job:
 
     options: Options
     model: Any
+    whole: Whole | None
     original: Original
     trainable: frozenset[str]
     discovery: Discovery

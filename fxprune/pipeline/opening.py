@@ -53,6 +53,7 @@ from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
 from fxprune.submodules.capture import capture_inputs
+from fxprune.submodules.whole import Whole, whole_around
 from fxprune.timing.latency import device_of
 from fxprune.tracing.trace import traced
 from fxprune.tracing.unwrap import inner, unwrapped
@@ -117,15 +118,15 @@ def make_job(
     stage = StageTimes()
     show_progress = is_main() and is_wanted(options.progress)
     with stage("trace"):
-        images, network = _read(model, loader, options)
+        images, network, whole = _read(model, loader, options)
         labels = None
         if options.labels is not None:
             labels = LabelledImages(options.labels, images, options, input_names(model))
         graph, notes = _capture(network, images, str(options.device), options.front_end)
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
-        whole = options.submodule is None or options.tap is not None
-        tap = find_tap(graph, options.tap) if whole else output_tap(graph)
+        in_part = options.submodule is not None and options.tap is None
+        tap = output_tap(graph) if in_part else find_tap(graph, options.tap)
         discovery = _discover(graph, tap, options)
         spread, look_alike = _spread(graph, images, options)
         held_back = None
@@ -144,6 +145,7 @@ def make_job(
     return Job(
         options,
         model,
+        whole,
         original,
         trainable,
         discovery,
@@ -230,16 +232,20 @@ def _device(device: str | None, model: Any) -> str:
     return device
 
 
-def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, Any]:
-    """The calibration images, and the network that takes them."""
-    limit, seed, input_fn = options.images, options.seed, options.input_fn
-    if options.submodule is None:
+def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, Any, Whole | None]:
+    """The calibration images, the network that takes them, and the model around it where that can be timed."""
+    limit, seed, input_fn, path = options.images, options.seed, options.input_fn, options.submodule
+    if path is None:
         names = input_names(model)
-        return draw(loader, limit=limit, seed=seed, input_fn=input_fn, names=names), model
+        return draw(loader, limit=limit, seed=seed, input_fn=input_fn, names=names), model, None
     captured = capture_inputs(
-        model, options.submodule, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
+        model, path, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
     )
-    return captured, inner(model.get_submodule(options.submodule))
+    assert options.latency_batch is not None and options.device is not None  # filled in by `open_job`
+    whole = None
+    if options.backend == "torch":  # other runtimes would need the model as a file, and few have one
+        whole = whole_around(model, path, captured, options.latency_batch, options.device)
+    return captured.images, inner(model.get_submodule(path)), whole
 
 
 def _capture(

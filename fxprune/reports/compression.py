@@ -36,7 +36,8 @@ class CompressionReport:
 
     Attributes:
         plan: Scores of all regions, and the chosen ones.
-        latency: The compressed network against the original.
+        latency: The compressed network against the original; of a part of a model, the whole with each in its place,
+            where the backend is torch.
         rejections: Candidates that cannot be dropped, with reasons.
         fidelity_before: How near the network was to the original after the cut, before mimicking.
         fidelity_after: The same after mimicking; on the held-back images before the last steps fit them (see `notes`).
@@ -59,6 +60,7 @@ class CompressionReport:
         changed: The images to which the compressed network gives another class than the original, those held back among
             them; None without class scores.
         fewer_bits: The ONNX files in half precision or in eight bits, by name.
+        part_latency: The part by itself, where `latency` is that of the whole model around it.
     """
 
     plan: DropPlan
@@ -82,6 +84,7 @@ class CompressionReport:
     layout: tuple[Place, ...] = ()
     changed: tuple[Change, ...] | None = None
     fewer_bits: Mapping[str, FewerBits] = field(default_factory=dict)
+    part_latency: LatencyComparison | None = None
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CompressionReport:
@@ -171,11 +174,15 @@ class CompressionReport:
         speed, cut = self.latency, len(self.plan.chosen)
         regions = sum(place.refused is None for place in self.layout)
         without = f"{cut} of its {regions} regions" if regions else f"{cut} of its regions"
+        path = self.settings.get("submodule")
+        name = (
+            "the network" if path is None else "the whole model" if self.part_latency else f"its part {path}"
+        )
         low, high = 1 / speed.interval.high, 1 / speed.interval.low
         doubt = ", which is not beyond the noise," if low <= 1 <= high else ""
         where = f"in {speed.before.backend} on {speed.before.device}"
         parts = [
-            f"Without {without} the network is {1 / speed.ratio:.2f} times as fast "
+            f"Without {without} {name} is {1 / speed.ratio:.2f} times as fast "
             f"({100 * speed.interval.level:.0f} % interval {low:.2f} to {high:.2f}){doubt} {where}"
         ]
         fidelity = self.fidelity_after.held_back or self.fidelity_after.fitted
@@ -214,7 +221,7 @@ class CompressionReport:
             )
         headers = ["", "region", "kind", "recovery loss", "saves ms", "saves", "score"]
         chosen = render(headers, rows) if rows else f"cut as asked for: {', '.join(self.plan.chosen)}"
-        lines = [chosen, "", self._latency_line()]
+        lines = [chosen, "", *self._latency_lines()]
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({100 * (after / before - 1):+.1f} %)")
         lines.extend(self._mimicking_lines())
@@ -290,16 +297,22 @@ class CompressionReport:
             lines.append(f"evaluation {self.evaluation['before']:.4g} -> {self.evaluation['after']:.4g}")
         return lines
 
-    def _latency_line(self) -> str:
-        before, after = self.latency.before, self.latency.after
-        interval = self.latency.interval
-        return (
-            f"latency {1e3 * before.median_s:.3f} -> {1e3 * after.median_s:.3f} ms, "
-            f"ratio {self.latency.ratio:.3f} "
-            f"[{interval.low:.3f}, {interval.high:.3f}] ({before.backend}, {before.device}, "
-            f"batch {before.batch_shape[0]}, "
-            f"{before.threads} threads, {before.runs} pairs)"
-        )
+    def _latency_lines(self) -> list[str]:
+        """One line for the network; two for a part of a model and the whole."""
+        part, path = self.part_latency, self.settings.get("submodule")
+        if part is None:
+            return [_latency_line("latency" if path is None else f"latency of {path} alone", self.latency)]
+        whole = _latency_line("latency of the whole model", self.latency)
+        return [whole, _latency_line(f"latency of {path} alone", part)]
+
+
+def _latency_line(title: str, timed: LatencyComparison) -> str:
+    before, after, interval = timed.before, timed.after, timed.interval
+    return (
+        f"{title} {1e3 * before.median_s:.3f} -> {1e3 * after.median_s:.3f} ms, ratio {timed.ratio:.3f} "
+        f"[{interval.low:.3f}, {interval.high:.3f}] ({before.backend}, {before.device}, "
+        f"batch {before.batch_shape[0]}, {before.threads} threads, {before.runs} pairs)"
+    )
 
 
 def score_row(score: BlockScore) -> dict[str, Any]:

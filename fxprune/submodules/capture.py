@@ -3,7 +3,8 @@
 A detector, or any model whose own forward has control flow, cannot be traced as a whole, but its backbone can:
 
 1. `capture_inputs` runs the model on the loader and keeps what reaches the submodule;
-2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`);
+2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`), and where torch is timed,
+   `whole.Whole` is the model around it;
 3. `replacement.replace_submodule` puts it back into a copy of the model.
 """
 
@@ -13,7 +14,8 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from fxprune.graph.call import Inputs, input_names
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import unwrapped
 
-__all__ = ["capture_inputs", "device_of", "submodule_of"]
+__all__ = ["Captured", "capture_inputs", "device_of", "is_list_of_tensors", "submodule_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,25 @@ class _Reached(BaseException):
         self.inputs = Inputs(args, kwargs)
 
 
+class _Call(NamedTuple):
+    """What a model is called with, and its submodule then."""
+
+    model: Inputs
+    part: Inputs
+
+
+class Captured(NamedTuple):
+    """What a model's part is called with.
+
+    Attributes:
+        images: The part's inputs, on the CPU.
+        batch: The first of the batches that the model was called with for them.
+    """
+
+    images: CalibrationSet
+    batch: Inputs
+
+
 def capture_inputs(
     model: nn.Module,
     path: str,
@@ -60,7 +81,7 @@ def capture_inputs(
     input_fn: Callable[[Any], Any] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
-) -> CalibrationSet:
+) -> Captured:
     """Runs a model on a loader and keeps what one of its submodules is called with.
 
     The model runs as a private copy in evaluation mode, without gradients, and only as far as the submodule. When one
@@ -86,7 +107,7 @@ def capture_inputs(
         seed: Of the draw.
 
     Returns:
-        The submodule's inputs, on the CPU.
+        The submodule's inputs, and a batch of the model's.
 
     Raises:
         OptionError: There is no such submodule, or `limit` is below 1.
@@ -104,10 +125,12 @@ def capture_inputs(
     batches = _batches(loader, limit, seed)
     try:
         calls = _calls(private, path, batches, limit, place, input_fn)
+        first = list(islice(calls, 1))
         names = input_names(private.get_submodule(path))
-        return draw(calls, limit=limit, seed=seed, input_fn=_as_batch, names=names)
+        images = draw(chain(first, calls), limit=limit, seed=seed, input_fn=_as_batch, names=names)
     except CalibrationError as error:
         raise CalibrationError(f"Capturing the inputs of submodule {path!r}: {error}") from error
+    return Captured(images, first[0].model)
 
 
 def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]:
@@ -125,8 +148,8 @@ def _calls(
     limit: int,
     device: torch.device,
     input_fn: Callable[[Any], Any] | None,
-) -> Iterator[Inputs]:
-    """The submodule's inputs, batch by batch, until there are `limit` images."""
+) -> Iterator[_Call]:
+    """Batch by batch, until there are `limit` images."""
     submodule, names = model.get_submodule(path), input_names(model)
     images, missed, index = 0, 0, -1
     for index, batch in batches:
@@ -140,7 +163,7 @@ def _calls(
         missed = 0
         bound = _bind(submodule, found)
         images += bound.batch_size if bound.tensors() else 1
-        yield bound
+        yield _Call(given, bound)
         if images >= limit:
             return
     if not images and index >= 0:
@@ -196,7 +219,7 @@ def _model_inputs(
         if 1 < count <= len(value) and all(isinstance(part, Tensor) for part in value[:count]):
             return Inputs(tuple(value[:count]))
         value = list(value[0]) if isinstance(value[0], tuple) else value[0]
-    if isinstance(value, Tensor) or _is_list_of_tensors(value):
+    if isinstance(value, Tensor) or is_list_of_tensors(value):
         return Inputs((value,))
     if isinstance(value, Mapping):
         return Inputs((), {str(key): item for key, item in value.items()})
@@ -204,7 +227,8 @@ def _model_inputs(
     raise CalibrationError(f"batch {index}: {origin} a {type(value).__name__}: {_LIST_ADVICE}.")
 
 
-def _is_list_of_tensors(value: object) -> bool:
+def is_list_of_tensors(value: object) -> bool:
+    """Whether a value is a list of images, as detectors take them."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
 
 
@@ -226,8 +250,8 @@ def _bind(submodule: nn.Module, found: Inputs) -> Inputs:
     return Inputs(bound.args) if not bound.kwargs else Inputs((), dict(bound.arguments))
 
 
-def _as_batch(inputs: Inputs) -> tuple[Any, ...] | dict[str, Any]:
-    return inputs.kwargs or inputs.args
+def _as_batch(call: _Call) -> tuple[Any, ...] | dict[str, Any]:
+    return call.part.kwargs or call.part.args
 
 
 def submodule_of(model: nn.Module, path: str) -> nn.Module:

@@ -17,7 +17,7 @@ from fxprune.submodules.capture import device_of, submodule_of
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import inner, unwrapped
 
-__all__ = ["replace_submodule"]
+__all__ = ["put_in_place", "replace_submodule"]
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 # torch.fx drops what it does not know when a graph module is copied, except what stands under this key of its meta
@@ -54,14 +54,18 @@ def replace_submodule(
     frozen = {name: p.requires_grad for name, p in original.named_parameters(remove_duplicate=False)}
     for name, parameter in placed.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
-    _forward_attributes(original, placed)
-    if example is not None:
-        _restore_outputs(
-            inner(whole.get_submodule(path)), placed, example.to(device_of(original, model)), path
-        )
-    parent, _, name = path.rpartition(".")
-    setattr(whole.get_submodule(parent), name, placed)
+    put_in_place(whole, path, placed, None if example is None else example.to(device_of(original, model)))
     return whole
+
+
+def put_in_place(whole: nn.Module, path: str, part: fx.GraphModule, example: Inputs | None = None) -> None:
+    """Replaces a submodule of a model in place; see `replace_submodule`, which does so to a copy."""
+    original = inner(whole.get_submodule(path))
+    _forward_attributes(original, part)
+    if example is not None:
+        _restore_outputs(original, part, example, path)
+    parent, _, name = path.rpartition(".")
+    setattr(whole.get_submodule(parent), name, part)
 
 
 def _forward_attributes(original: nn.Module, part: fx.GraphModule) -> None:
