@@ -59,7 +59,9 @@ def recipe() -> Recipe:
     return dataclasses.replace(
         fast,
         adaptor=dataclasses.replace(fast.adaptor, iterations=ITERATIONS, batch_size=4),
-        mimic=dataclasses.replace(fast.mimic, iterations=ITERATIONS, batch_size=4),
+        mimic=dataclasses.replace(
+            fast.mimic, iterations=ITERATIONS, final_iterations=ITERATIONS, batch_size=4
+        ),
     )
 
 
