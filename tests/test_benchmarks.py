@@ -20,6 +20,7 @@ from benchmarks.claims import (
     coverage,
     end_to_end,
     graph_scaling,
+    onnx_files,
     recovery,
     scorer_choice,
     scoring,
@@ -41,7 +42,7 @@ from fxprune.scoring.end_to_end import EndToEndScorer
 
 TINY = ["--model", "resnet20", "--random", "--images", "4"]
 SCRIPTS = [
-    accuracy, scoring, scorer_choice, selection, stability, recovery, end_to_end, graph_scaling, user_models
+    accuracy, scoring, scorer_choice, selection, stability, recovery, end_to_end, graph_scaling, onnx_files, user_models
 ]  # fmt: skip
 REGIONS = 4  # ResNet-14 has six blocks, two of which change the shape
 
@@ -389,6 +390,29 @@ def test_user_models_compresses_a_part_of_a_network_that_no_tracer_takes(
     assert row["onnx_max_abs_diff"] < 1e-4
     assert row["part_ratio"] < 1
     assert "tracker" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporters
+def test_onnx_files_are_read_cut_and_written_again(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_files, "NETWORKS", {"tiny": (partial(resnet, 14), 16)})
+    onnx_files.main(["--only", "tiny"])
+    rows = read(results, "onnx_files")["entries"]
+    assert rows.keys() == {f"tiny, {way}" for way in onnx_files.WAYS}
+    assert {(row["regions"], row["refused"]) for row in rows.values()} == {(REGIONS, "")}
+    assert all(row["cut"] and row["onnx_max_abs_diff"] < 1e-4 for row in rows.values())
+
+
+def test_files_of_others_are_read_or_refused_in_words(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    fxprune.export_onnx(resnet(14).eval(), folder / "good.onnx", torch.rand(2, 3, 16, 16))
+    (folder / "bad.onnx").write_bytes(b"no network")
+    onnx_files.main(["--folder", str(folder)])
+    rows = read(results, "onnx_files_of_others")["entries"]
+    assert (rows["good.onnx"]["regions"], rows["good.onnx"]["refused"]) == (REGIONS, "")
+    assert rows["bad.onnx"]["refused"].startswith("it cannot be read as ONNX")
 
 
 def test_end_to_end_scales_the_papers_recipe(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

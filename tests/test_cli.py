@@ -580,7 +580,7 @@ def discover(gm, **rest):
         raise fxprune.FxpruneError("an error")
     return DISCOVERY
 
-sources.load_model = lambda name: Residual()
+sources.load_model = lambda *_: Residual()
 fxprune.discover = discover
 sys.exit(cli.main(["inspect", "m", "--size", "8", "--json", *sys.argv[1:2]]))
 """

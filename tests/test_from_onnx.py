@@ -50,6 +50,16 @@ def one(kind: str, weights: Weights | None = None, **attributes: Any) -> tuple[l
     return [helper.make_node(kind, ["x", *weights], ["y"], name="node", **attributes)], weights
 
 
+def by_coordinates(last: str, *more: str, **attributes: Any) -> tuple[list[onnx.NodeProto], Weights]:
+    """The batch comes last, for indices begin with the first dimension."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 2, 3, 0]),
+        helper.make_node("GatherND", ["t", "from"], ["u"]),
+        helper.make_node(last, [*more, "u"], ["y"], **attributes),
+    ]
+    return nodes, {"from": whole(0, 3, 2, 1).reshape(2, 2), "to": whole(2, 1, 2, 1).reshape(2, 2)}
+
+
 OPERATORS: dict[str, tuple[list[onnx.NodeProto], Weights]] = {
     "conv": one("Conv", {"a.weight": noise(8, 2, 3, 3), "a.bias": noise(8)}, group=2, pads=[1, 1, 1, 1]),
     "conv, uneven pads": one("Conv", {"w": noise(8, 4, 3, 3)}, pads=[0, 1, 2, 1], strides=[2, 2]),
@@ -80,6 +90,37 @@ OPERATORS: dict[str, tuple[list[onnx.NodeProto], Weights]] = {
     "linear": one("Resize", {"": noise(0), "s": np.float32([1, 1, 2, 2])}, mode="linear"),
     "matmul": one("MatMul", {"w": noise(6, 5)}),
     "power": one("Pow", {"p": np.float32(2).reshape(())}),
+    "expand to a computed shape": (
+        [
+            helper.make_node("Shape", ["x"], ["all"]),
+            helper.make_node("Gather", ["all", "first"], ["batch"]),
+            helper.make_node("Concat", ["batch", "rest"], ["sizes"], axis=0),
+            helper.make_node("Shape", ["sizes"], ["rank"]),
+            helper.make_node("ConstantOfShape", ["rank"], ["ones"], value=numpy_helper.from_array(whole(1))),
+            helper.make_node("Mul", ["ones", "minus"], ["unknown"]),
+            helper.make_node("Equal", ["sizes", "unknown"], ["kept"]),
+            helper.make_node("Where", ["kept", "ones", "sizes"], ["target"]),
+            helper.make_node("Expand", ["token", "target"], ["y"]),
+        ],
+        {"first": whole(0), "rest": whole(-1, 6), "minus": whole(-1), "token": noise(1, 2, 6)},
+    ),
+    "threshold": one("ThresholdedRelu", alpha=0.4),
+    "log of a sum": (
+        [helper.make_node("Exp", ["x"], ["e"]), helper.make_node("ReduceLogSum", ["e"], ["y"], axes=[1])],
+        {},
+    ),
+    "gather by coordinates": by_coordinates("Relu"),
+    "scatter by coordinates": by_coordinates("ScatterND", "t", "from"),
+    "add by coordinates": by_coordinates("ScatterND", "t", "to", reduction="add"),
+    "scatter": one("ScatterElements", {"i": whole(0, 2, 4).reshape(1, 1, 3, 1), "u": noise(1, 1, 3, 1)}, axis=2),
+    "sample": (
+        [
+            helper.make_node("Slice", ["x", "a", "b", "d"], ["s"]),
+            helper.make_node("Transpose", ["s"], ["g"], perm=[0, 2, 3, 1]),
+            helper.make_node("GridSample", ["x", "g"], ["y"], padding_mode="border"),
+        ],
+        {"a": whole(0), "b": whole(2), "d": whole(1)},
+    ),
 }  # fmt: skip
 
 
@@ -93,6 +134,15 @@ def test_an_operator_computes_what_onnxruntime_computes(name: str, tmp_path: Pat
         x = noise(batch, 4, 6, 6)
         (wanted,) = session.run(None, {"x": x})
         torch.testing.assert_close(graph(torch.from_numpy(x)).detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_one_function(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Attention", ["x", "x", "x", "mask"], ["y"], scale=0.3)]
+    file = write(tmp_path / "net.onnx", nodes, {"mask": noise(6, 6)}, opset=23)
+    graph, x = fxprune.from_onnx(file), noise(3, 4, 6, 6)
+    (wanted,) = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    torch.testing.assert_close(graph(torch.from_numpy(x)).detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.nn.functional.scaled_dot_product_attention in {node.target for node in graph.graph.nodes}
 
 
 def exported(path: Path, batch: object) -> Path:
@@ -122,6 +172,19 @@ def test_names_of_the_file_are_kept(tmp_path: Path) -> None:
     graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {}, outputs=("scores:0",)))
     record = fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.randn(2, 4, 6, 6))
     assert (record.inputs, record.outputs) == (("x",), ("scores:0",))
+
+
+def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(
+        tmp_path / "net.onnx", *one("Add", {"w": noise(6, 6)}), shape=("batch", 4, "height", "width")
+    )
+    with pytest.raises(SourceError, match="Add"):
+        fxprune.from_onnx(file)
+    graph = fxprune.from_onnx(file, input_shapes=[(1, 4, 6, 6)])
+    assert graph(torch.ones(5, 4, 6, 6)).shape == (5, 4, 6, 6)
+    assert "takes (4, 6, 6) alone" in caplog.text
 
 
 def test_everything_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:

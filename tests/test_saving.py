@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -143,6 +144,21 @@ def test_the_report_the_weights_and_what_was_frozen_come_back(
         assert torch.equal(again.state_dict()[name], tensor), name
     frozen = {name for name, parameter in again.named_parameters() if not parameter.requires_grad}
     assert frozen == {"stem.bias"}
+
+
+def test_names_of_an_onnx_file_outlive_folder_and_plan(tmp_path: Path) -> None:
+    file, out, names = tmp_path / "net.onnx", tmp_path / "out", (("data",), ("scores:0",))
+    fxprune.export_onnx(tiny(), file, images(2), input_names=names[0], output_names=names[1])
+    compress(fxprune.from_onnx(file), out)
+    fxprune.save(fxprune.load(out), tmp_path / "saved")
+    loaded = (fxprune.load(tmp_path / "saved"), fxprune.load(out, lambda: fxprune.from_onnx(file)))
+    for small in loaded:
+        record = fxprune.export_onnx(small, tmp_path / "again.onnx")
+        assert (record.inputs, record.outputs) == names
+    argv = ["apply", str(out / "plan.json"), str(file), "--out", str(tmp_path / "applied"), "--quiet"]
+    assert cli.main(argv) == 0
+    graph = onnx.load(tmp_path / "applied" / "model.onnx").graph
+    assert [entry.name for entry in (*graph.input, *graph.output)] == ["data", "scores:0"]
 
 
 @pytest.mark.parametrize("cost", ["latency", "parameters"])

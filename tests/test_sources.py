@@ -16,7 +16,7 @@ from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell import images as shell_images
 from fxprune.shell.images import BATCH, IMAGENET_MEAN, IMAGENET_STD, load_images, load_labelled
-from fxprune.shell.sources import load_model, load_weights, onnx_inputs
+from fxprune.shell.sources import image_size, load_model, load_weights, onnx_inputs
 
 
 def test_torchvision_networks_come_untrained_and_in_evaluation_mode() -> None:
@@ -275,6 +275,21 @@ def test_images_equal_torchvisions_evaluation_transform(
     assert images.unreadable == ()
 
 
+@pytest.mark.parametrize("size", [(14, 56), (56, 14), (28, 30)])
+def test_images_may_be_longer_than_high(tmp_path: Path, size: tuple[int, int]) -> None:
+    pixels = np.zeros((41, 59, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = 4 * np.arange(59), 4 * np.arange(41)[:, None]  # its colours tell places
+    Image.fromarray(pixels).save(tmp_path / "ramp.png")
+    red, green, _ = load_images(tmp_path, size=size).pixels[0].float()
+    assert red.shape == size
+    step = 4 / (
+        max(size[0] / 41, size[1] / 59) * 256 / 224
+    )  # the same in both directions: nothing is distorted
+    assert (red[:, -1] - red[:, 0]).mean() == pytest.approx(step * (size[1] - 1), rel=0.06)
+    assert (green[-1] - green[0]).mean() == pytest.approx(step * (size[0] - 1), rel=0.06)
+    assert (red.mean(), green.mean()) == (pytest.approx(116, abs=4), pytest.approx(80, abs=4))
+
+
 def test_the_draw_of_images_is_seeded(photos: Path) -> None:
     draws = [load_images(photos, size=8, limit=3, seed=seed).paths for seed in range(6)]
     assert load_images(photos, size=8, limit=3, seed=0).paths == draws[0]
@@ -374,6 +389,27 @@ def test_onnx_inputs_follow_the_file(tmp_path: Path) -> None:
     assert torch.equal(onnx_inputs(path)[0], onnx_inputs(path)[0])
     integers = write_onnx(tmp_path / "i.onnx", (2, 3), kind=TensorProto.INT64)
     assert onnx_inputs(integers)[0].dtype == torch.int64
+
+
+def test_the_size_of_images_is_that_of_the_file(tmp_path: Path) -> None:
+    fixed = write_onnx(tmp_path / "fixed.onnx", ("batch", 3, 48, 96))
+    half = write_onnx(tmp_path / "half.onnx", ("batch", 3, 48, "width"))
+    assert image_size(str(fixed), None) == (48, 96)
+    assert image_size(str(half), 48) == (48, 48)
+    assert image_size("torchvision:resnet18", None) == (224, 224)
+    assert image_size("torchvision:resnet18", 32) == (32, 32)
+    with pytest.raises(OptionError, match="size of its input x0 free: give --size"):
+        image_size(str(half), None)
+    with pytest.raises(OptionError, match="48 x 96 pixels only: leave out --size 48"):
+        image_size(str(fixed), 48)
+
+
+@pytest.mark.parametrize("shapes", [[(1, 1, 8, 8)], [(1, 3, 8, 8)] * 2, [(1, 8, 8, 3)], [(1, 3)]])
+def test_files_that_take_no_images_of_a_folder_are_refused(
+    shapes: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="three channels, channels first"):
+        image_size(str(write_onnx(tmp_path / "m.onnx", *shapes)), None)
 
 
 def test_inputs_of_absurd_size_are_refused(tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fxprune
+from fxprune.shell import cli
 from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
@@ -29,7 +31,6 @@ PACKAGES = {
     "Ultralytics": ("ultralytics",),
     "timm": ("timm",),
     "segmentation-models-pytorch": ("segmentation_models_pytorch",),
-    "Only an ONNX file": ("onnx2torch",),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that are not ours
@@ -59,12 +60,25 @@ def compressed(model: nn.Module, loader: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("section", [name for name, text in SECTIONS.items() if "```python" in text])
 def test_the_first_scripts_of_the_page_run(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     need(*PACKAGES.get(section, ()))
-    monkeypatch.setattr(fxprune, "compress", partial(fxprune.compress, recipe=brief(), progress=False))
+    compress = fxprune.compress
+    quick = {"recipe": brief(), "progress": False}
+    monkeypatch.setattr(fxprune, "compress", lambda *given, **rest: compress(*given, **{**rest, **quick}))
     sources = re.findall(r"^```python\n(.*?)^```$", SECTIONS[section], flags=re.MULTILINE | re.DOTALL)
     assert sources
     namespace: dict[str, Any] = {"__name__": "first_script"}
     for number, source in enumerate(sources):
         exec(compile(source, f"{PAGE.name}, {section}, block {number}", "exec"), namespace)
+    commands = re.findall(r"^fxprune (.+)$", SECTIONS[section], flags=re.MULTILINE)
+    if commands:
+        draw_images(Path("IMAGES"))
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0, command
+
+
+def draw_images(folder: Path) -> None:
+    folder.mkdir()
+    for place, pixels in enumerate((255 * images()).byte().permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).save(folder / f"{place}.png")
 
 
 def test_every_package_has_its_section() -> None:
@@ -78,6 +92,15 @@ def _hf(name: str, config: str, **values: Any) -> Callable[[], nn.Module]:
         return getattr(transformers, name)(getattr(transformers, config)(**values)).eval()
 
     return build
+
+
+def test_graphs_that_onnx2torch_wrote() -> None:
+    need("onnx2torch")
+    import onnx2torch
+
+    fxprune.export_onnx(tiny(), "net.onnx", images(2), opset=18)
+    small = compressed(onnx2torch.convert("net.onnx"), images(), k=1, front_end="export")
+    assert len(fxprune.report(small).plan.chosen) == 1
 
 
 TRANSFORMER = {

@@ -12,6 +12,7 @@ from fxprune.artifacts.recipe import ORIGIN, RECIPE, Origin, Rebuilding, read_fi
 from fxprune.artifacts.saving import NETWORK
 from fxprune.errors import ArtifactError, OptionError
 from fxprune.export.artifact import program_of, state_of
+from fxprune.export.naming import NAMES
 from fxprune.graph.examples import example_for
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.options import FrontEnd
@@ -49,6 +50,8 @@ def load_network(folder: str | os.PathLike[str], model: nn.Module | None = None)
     for name, parameter in graph.named_parameters():
         parameter.requires_grad_(name not in recipe.frozen)
     graph.meta[ORIGIN] = Origin(plan, recipe.front_end, recipe.submodule, recipe.original_weights)
+    if recipe.onnx_names is not None:
+        graph.meta[NAMES] = recipe.onnx_names
     if "report.json" in data:
         graph.meta[REPORT] = _report(data["report.json"], source)
     return graph

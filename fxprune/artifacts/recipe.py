@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from fxprune._version import __version__
 from fxprune.errors import ArtifactError
+from fxprune.export.naming import NAMES
 from fxprune.files import write_bytes_atomic
 from fxprune.options import FrontEnd
 from fxprune.plan import Plan
@@ -58,6 +60,7 @@ class Rebuilding:
         frozen: Names of the parameters that are not to be trained.
         versions: Of fxprune and torch.
         files: SHA-256 (hex) of every other file that belongs to the network, by name.
+        onnx_names: Names of inputs and outputs in the ONNX file that the network was read from, None without one.
     """
 
     front_end: FrontEnd
@@ -66,15 +69,16 @@ class Rebuilding:
     frozen: tuple[str, ...]
     versions: Mapping[str, str]
     files: Mapping[str, str]
+    onnx_names: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
 
-def write_recipe(folder: Path, origin: Origin, frozen: Iterable[str], names: Iterable[str]) -> None:
+def write_recipe(folder: Path, network: fx.GraphModule, origin: Origin, names: Iterable[str]) -> None:
     """Writes `recipe.json`. It comes last, so that a folder that holds one is whole.
 
     Args:
         folder: Where the other files are.
-        origin: Where the network comes from.
-        frozen: See `Rebuilding`.
+        network: The compressed network.
+        origin: Where it comes from.
         names: The other files; of these, those that exist belong to the network.
 
     Raises:
@@ -82,8 +86,15 @@ def write_recipe(folder: Path, origin: Origin, frozen: Iterable[str], names: Ite
     """
     paths = [folder / name for name in names]
     files = {path.name: _digest(path.read_bytes()) for path in paths if path.is_file()}
-    versions = {"fxprune": __version__, "torch": torch.__version__}
-    recipe = Rebuilding(origin.front_end, origin.submodule, origin.weights, tuple(frozen), versions, files)
+    recipe = Rebuilding(
+        front_end=origin.front_end,
+        submodule=origin.submodule,
+        original_weights=origin.weights,
+        frozen=tuple(name for name, weight in network.named_parameters() if not weight.requires_grad),
+        versions={"fxprune": __version__, "torch": torch.__version__},
+        files=files,
+        onnx_names=network.meta.get(NAMES),
+    )
     data = {"format": _FORMAT, **asdict(recipe), "sha256": _BLANK.decode()}
     write_bytes_atomic(folder / RECIPE, _sealed((json.dumps(data, indent=1) + "\n").encode()))
 

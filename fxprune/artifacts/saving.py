@@ -82,7 +82,7 @@ def write_plan(folder: Path, origin: Origin) -> None:
     write_text_atomic(folder / "plan.json", origin.plan.to_json())
 
 
-def close_folder(folder: Path, network: nn.Module, origin: Origin) -> None:
+def close_folder(folder: Path, network: fx.GraphModule, origin: Origin) -> None:
     """Writes `recipe.json`, after all else; a folder in which the network could not be written whole gets none.
 
     Raises:
@@ -90,5 +90,4 @@ def close_folder(folder: Path, network: nn.Module, origin: Origin) -> None:
     """
     if not all((folder / name).is_file() for name in NETWORK[:-1]):
         return
-    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    write_recipe(folder, origin, frozen, NETWORK)
+    write_recipe(folder, network, origin, NETWORK)

@@ -39,12 +39,13 @@ class Trials:
     second: tuple[tuple[int, ...], ...]
 
 
-def trials_of(file: OnnxFile, given: Sequence[Sequence[int]]) -> Trials:
+def trials_of(file: OnnxFile, given: Sequence[Sequence[int]], *, fixed: bool = False) -> Trials:
     """Shapes to try a file with.
 
     Args:
         file: The file.
         given: Shapes that the user gave, one for each input; none where those of the file will do.
+        fixed: Whether all sizes but the batch are the same in both trials.
 
     Raises:
         OptionError: They do not fit the file, or are needed and not given.
@@ -72,6 +73,8 @@ def trials_of(file: OnnxFile, given: Sequence[Sequence[int]]) -> Trials:
             )
         both.append([_sizes(entry, file.path, wanted, trial, batch) for trial in (0, 1)])
     first, second = zip(*both, strict=True)
+    if fixed:
+        second = tuple((two[0], *one[1:]) for one, two in zip(first, second, strict=True))
     return Trials(batch, tuple(first), tuple(second))
 
 

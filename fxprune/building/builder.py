@@ -185,6 +185,8 @@ class Builder:
 
     def shape(self, x: Value, place: int = 0) -> tuple[int, ...]:
         """The shape of a value in the first or second trial."""
+        if isinstance(x, Sizes):
+            return () if x.scalar else (len(x.items),)
         return tuple(x.shape) if isinstance(x, Tensor) else tuple(self.tried(x)[place].shape)
 
     def tried(self, x: Any) -> tuple[Any, Any]:

@@ -21,12 +21,13 @@ __all__ = ["FUNCTIONS"]
 Reader = Callable[[Builder, Operation], Any]
 
 _UNARY: dict[str, Callable[..., Any]] = {
-    "Abs": torch.abs, "Acos": torch.acos, "Asin": torch.asin, "Atan": torch.atan, "Ceil": torch.ceil,
-    "Cos": torch.cos, "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor, "HardSwish": functional.hardswish,
+    "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
+    "Atan": torch.atan, "Atanh": torch.atanh, "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh,
+    "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor, "HardSwish": functional.hardswish,
     "IsNaN": torch.isnan, "Log": torch.log, "Mish": functional.mish, "Neg": torch.neg, "Not": torch.logical_not,
     "Reciprocal": torch.reciprocal, "Relu": functional.relu, "Round": torch.round, "Sigmoid": torch.sigmoid,
-    "Sign": torch.sign, "Sin": torch.sin, "Softplus": functional.softplus, "Softsign": functional.softsign,
-    "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
+    "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": functional.softplus,
+    "Softsign": functional.softsign, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
 }  # fmt: skip
 _BINARY: dict[str, Callable[..., Any]] = {
     "And": torch.logical_and, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
@@ -134,6 +135,10 @@ def _with_slope(function: Callable[..., Any], default: float, b: Builder, op: Op
     return b.call(function, op.need(0), op.attributes.get("alpha", default))
 
 
+def _thresholded(b: Builder, op: Operation) -> Any:
+    return b.call(functional.threshold, op.need(0), op.attributes.get("alpha", 1.0), 0.0)
+
+
 def _selu(b: Builder, op: Operation) -> Any:
     alpha, gamma = op.attributes.get("alpha", 1.6732632), op.attributes.get("gamma", 1.0507010)
     if math.isclose(alpha, 1.6732632, rel_tol=1e-5) and math.isclose(gamma, 1.050701, rel_tol=1e-5):
@@ -192,6 +197,8 @@ def _reduced(b: Builder, op: Operation) -> Any:
         return x
     if op.kind in ("ReduceL1", "ReduceL2"):
         return b.call(torch.linalg.vector_norm, x, int(op.kind[-1]), axes, keep)
+    if op.kind == "ReduceLogSum":
+        return b.call(torch.log, b.call(torch.sum, x, axes, keep))
     if op.kind == "ReduceSumSquare":
         return b.call(torch.sum, b.call(torch.mul, x, x), axes, keep)
     if op.kind == "ReduceProd":
@@ -242,7 +249,9 @@ def _same(b: Builder, op: Operation) -> Any:
 FUNCTIONS: dict[str, Reader] = {
     **{name: partial(_unary, function) for name, function in _UNARY.items()},
     **{name: partial(_binary, function) for name, function in _BINARY.items()},
-    **dict.fromkeys((*_REDUCTIONS, "ReduceL1", "ReduceL2", "ReduceProd", "ReduceSumSquare"), _reduced),
+    **dict.fromkeys(
+        (*_REDUCTIONS, "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceProd", "ReduceSumSquare"), _reduced
+    ),
     "Add": _add,
     "ArgMax": partial(_extreme, torch.argmax),
     "ArgMin": partial(_extreme, torch.argmin),
@@ -271,6 +280,7 @@ FUNCTIONS: dict[str, Reader] = {
     "Selu": _selu,
     "Softmax": partial(_softmax, torch.softmax),
     "Sum": partial(_variadic, torch.add),
+    "ThresholdedRelu": _thresholded,
     "TopK": _top,
     "Where": _where,
 }

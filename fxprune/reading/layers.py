@@ -294,7 +294,26 @@ def _global_pool(b: Builder, op: Operation) -> Any:
     return b.call(_POOLS[op.kind][_spatial(b, x)], x, 1)
 
 
+def _attention(b: Builder, op: Operation) -> Any:
+    query, key, value, mask = op.need(0), op.need(1), op.need(2), op.get(3)
+    more = op.outputs > 1 or any(x is not None for x in op.inputs[4:]) or op.attributes.get("softcap", 0)
+    if more or len(b.shape(query)) != 4:
+        raise UnreadableError("it keeps keys and values, caps scores, or has its heads side by side")
+    causal, scale = bool(op.attributes.get("is_causal", 0)), op.attributes.get("scale")
+    shared = {"enable_gqa": True} if b.fixed(query, 1) != b.fixed(key, 1) else {}
+    attend = functional.scaled_dot_product_attention
+    return b.call(attend, query, key, value, mask, 0.0, causal, scale=scale, **shared)
+
+
+def _grid_sample(b: Builder, op: Operation) -> Any:
+    mode, outside = op.attributes.get("mode", "linear"), op.attributes.get("padding_mode", "zeros")
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    aligned = bool(op.attributes.get("align_corners", 0))
+    return b.call(functional.grid_sample, op.need(0), op.need(1), mode, outside, aligned)
+
+
 LAYERS: dict[str, Reader] = {
+    "Attention": _attention,
     "AveragePool": _pool,
     "BatchNormalization": _batch_norm,
     "Conv": _conv,
@@ -302,6 +321,7 @@ LAYERS: dict[str, Reader] = {
     "Gemm": _gemm,
     "GlobalAveragePool": _global_pool,
     "GlobalMaxPool": _global_pool,
+    "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,

@@ -17,16 +17,17 @@ from fxprune.building.names import path_of, plain_path, scope_of
 from fxprune.errors import SourceError
 from fxprune.export.messages import innermost
 from fxprune.export.naming import NAMES
+from fxprune.moving.indexing import INDEXING
+from fxprune.moving.layout import LAYOUT
+from fxprune.moving.sizes import sizes_reader
 from fxprune.reading.functions import FUNCTIONS
 from fxprune.reading.layers import LAYERS
-from fxprune.reading.layout import LAYOUT
-from fxprune.reading.sizes import sizes_reader
 
 __all__ = ["from_onnx"]
 
 logger = logging.getLogger(__name__)
 
-_READERS = {**LAYERS, **FUNCTIONS, **LAYOUT}
+_READERS = {**LAYERS, **FUNCTIONS, **LAYOUT, **INDEXING}
 _NO_READING = "not known here"
 
 
@@ -39,7 +40,7 @@ def from_onnx(path: str | os.PathLike[str], *, input_shapes: Sequence[Sequence[i
     Args:
         path: A network in floating point, with its weights in it or beside it.
         input_shapes: A shape for each input, batch first, with which to try it. By default height and width are 224
-            where the file leaves them free.
+            where the file leaves them free. Of a file that computes for one size only, the graph takes this one.
 
     Returns:
         A graph module in evaluation mode, which returns a tensor, or a tuple of several. `fxprune.export_onnx` gives
@@ -53,7 +54,17 @@ def from_onnx(path: str | os.PathLike[str], *, input_shapes: Sequence[Sequence[i
     file = load(path)
     shapes = trials_of(file, input_shapes)
     session = open_file(file)
-    gm = _graph(file, shapes)
+    try:
+        gm = _graph(file, shapes)
+    except SourceError:
+        fixed = trials_of(file, input_shapes, fixed=True)
+        if not input_shapes or fixed == shapes:
+            raise
+        gm = _graph(file, fixed)
+        sizes = ", ".join(str(tuple(shape[1:])) for shape in fixed.first)
+        logger.warning(
+            "%s leaves sizes free that it cannot change; its graph takes %s alone", file.path, sizes
+        )
     compare(gm, session, file, shapes)
     if shapes.batch is not None:
         logger.warning(

@@ -89,7 +89,7 @@ def _add_model(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=FORMS)
     add("--weights", type=_path, metavar="FILE", help="checkpoint: .safetensors, .pt, .pth")
-    add("--size", type=_size, default=224, help="image height and width (224)")
+    add("--size", type=_size, help="image height and width (what an ONNX file says, else 224)")
     kinds = f"kinds of region: {','.join(_KINDS)} (identity)"
     add("--kinds", type=_kinds, default=("identity",), help=kinds)
     add("--front-end", choices=get_args(FrontEnd), default="auto", help="how the network is captured (auto)")

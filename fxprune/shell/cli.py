@@ -102,10 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(args: argparse.Namespace) -> Any:
+def _model(args: argparse.Namespace, shape: tuple[int, ...]) -> Any:
     from fxprune.shell.sources import load_model, load_weights
 
-    model = load_model(args.model)
+    model = load_model(args.model, [shape])
     if args.weights is not None:
         load_weights(model, args.weights)
     return model
@@ -128,10 +128,11 @@ def _found(args: argparse.Namespace) -> tuple[GraphModule, Discovery, list[int]]
     import torch
 
     import fxprune
+    from fxprune.shell.sources import image_size
 
-    shape = args.input_shape or (1, 3, args.size, args.size)
+    shape = args.input_shape or (1, 3, *image_size(args.model, args.size))
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gm = fxprune.trace(_model(args), example, front_end=args.front_end)
+    gm = fxprune.trace(_model(args, shape), example, front_end=args.front_end)
     return gm, fxprune.discover(gm, kinds=args.kinds, ignore=tuple(args.ignore)), list(shape)
 
 
@@ -186,13 +187,15 @@ def _recover(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.files import check_writable
     from fxprune.shell.images import load_images, load_labelled
+    from fxprune.shell.sources import image_size
 
     with _together() as talks:
         if args.out is not None:
             check_writable(args.out)
         settings = _asked_for(args, talks)
-        model = _model(args)
-        prepared = {"size": args.size, "mean": args.mean, "std": args.std}
+        size = image_size(args.model, args.size)
+        model = _model(args, (1, 3, *size))
+        prepared = {"size": size, "mean": args.mean, "std": args.std}
         if args.labels is not None:
             settings["labels"] = load_labelled(args.labels, **prepared)
         progress = settings["progress"]
@@ -215,13 +218,16 @@ def _apply(args: argparse.Namespace) -> None:
     from fxprune.artifacts.loading import rebuild
     from fxprune.export.artifact import load_state
     from fxprune.files import check_writable
+    from fxprune.graph.call import flat_tensors
+    from fxprune.graph.examples import example_of
     from fxprune.plan import Plan
     from fxprune.shell.sources import load_model
 
     out = check_writable(args.out)
     plan = Plan.read(args.plan)
     state = load_state(args.weights or Path(args.plan).with_name("model.safetensors"))
-    small = rebuild(load_model(args.model), plan, state, front_end=args.front_end)
+    shapes = [tuple(x.shape) for x in flat_tensors(example_of(plan.inputs))]
+    small = rebuild(load_model(args.model, shapes), plan, state, front_end=args.front_end)
     fxprune.save(small, out)
     fxprune.export_onnx(small, out / "model.onnx")
     data = {

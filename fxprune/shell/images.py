@@ -48,7 +48,7 @@ class ImageBatches:
     """Images of one size, to be iterated again and again: kept as bytes, normalised batch by batch.
 
     Attributes:
-        pixels: uint8 [N, 3, size, size].
+        pixels: uint8 [N, 3, height, width].
         paths: The files they came from.
         unreadable: Files that were skipped, each with the reason.
         mean: Mean of each channel, of values in [0, 1].
@@ -83,12 +83,12 @@ class LabelledFolder:
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
-    size: int
+    size: tuple[int, int]
     mean: Sequence[float]
     std: Sequence[float]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of float32 `[N, 3, size, size]` and int64 `[N]`.
+        """Batches of float32 `[N, 3, height, width]` and int64 `[N]`.
 
         Raises:
             SourceError: A file cannot be read as an image; it is named.
@@ -114,7 +114,7 @@ class LabelledFolder:
 def load_images(
     folder: str | Path,
     *,
-    size: int = 224,
+    size: int | tuple[int, int] = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     limit: int = 500,
@@ -123,13 +123,13 @@ def load_images(
 ) -> ImageBatches:
     """Draw images from a folder, nested or flat, and prepare them as for evaluation on ImageNet.
 
-    Each is converted to RGB, its shorter side resized to 256/224 of `size`, the centre cropped to `size`, scaled to
+    Each is converted to RGB, resized until it just covers 256/224 of `size`, the centre cropped to `size`, scaled to
     [0, 1] and normalised. A file that cannot be decoded, is longer than `MOST_ASPECT` times its breadth, or has more
     than `PIL.Image.MAX_IMAGE_PIXELS` pixels is logged, listed in `unreadable`, and another one drawn in its place.
 
     Args:
         folder: Searched with all folders below it; hidden files are left out, folder names (labels) not used.
-        size: Height and width in pixels.
+        size: Height and width in pixels; one number where they are the same.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
         limit: Images to draw, or all if there are fewer.
@@ -140,8 +140,9 @@ def load_images(
         OptionError: A number is out of range.
         SourceError: The folder is missing, or holds no image that can be read.
     """
-    if size < 1 or limit < 1:
-        raise OptionError(f"size is {size} and limit {limit}: give 1 or more.")
+    sides = _sides(size)
+    if limit < 1:
+        raise OptionError(f"limit is {limit}: give 1 or more.")
     _check_channels(mean, std)
     candidates = _image_files(Path(folder))
     random.Random(seed).shuffle(candidates)
@@ -154,7 +155,7 @@ def load_images(
             if len(images) == limit:
                 break
             try:
-                images[path] = _decode(path, size)
+                images[path] = _decode(path, sides)
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise whatever a damaged file leads them into
@@ -173,7 +174,7 @@ def load_images(
 def load_labelled(
     folder: str | Path,
     *,
-    size: int = 224,
+    size: int | tuple[int, int] = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> LabelledFolder:
@@ -190,8 +191,7 @@ def load_labelled(
         OptionError: A number is out of range.
         SourceError: The folder is missing, or holds no folders, or these hold no images.
     """
-    if size < 1:
-        raise OptionError(f"size is {size}: give 1 or more.")
+    sides = _sides(size)
     _check_channels(mean, std)
     files = _image_files(Path(folder))
     classes = sorted(
@@ -207,7 +207,15 @@ def load_labelled(
         )
     labelled.sort()
     labels, paths = zip(*labelled, strict=True)
-    return LabelledFolder(paths, labels, size, mean, std)
+    return LabelledFolder(paths, labels, sides, mean, std)
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise OptionError(f"size is {size}: give 1 or more.")
+    return height, width
 
 
 def _check_channels(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -246,13 +254,15 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(path: Path, size: int) -> Tensor:
-    """One image as uint8 [3, size, size]; its size is looked at before its pixels are read."""
+def _decode(path: Path, size: tuple[int, int]) -> Tensor:
+    """One image as uint8 [3, *size]; its own size is looked at before its pixels are read."""
     with Image.open(path) as file:
         if max(file.size) > MOST_ASPECT * min(file.size):
             raise ValueError(
                 f"{file.width} x {file.height} pixels, over {MOST_ASPECT} times as long as broad"
             )
         image = file.convert("RGB")
-    image = functional.center_crop(functional.resize(image, round(size * 256 / 224)), size)
+    scale = max(size[0] / image.height, size[1] / image.width)
+    shorter = round(scale * min(image.size) * 256 / 224)
+    image = functional.center_crop(functional.resize(image, shorter), list(size))
     return torch.as_tensor(functional.pil_to_tensor(image))

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from fxprune.artifacts.loading import load_network
 from fxprune.artifacts.recipe import RECIPE
+from fxprune.building.file import inputs_of, parse
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.reading.read import from_onnx
 from fxprune.shell.arguments import FORMS, MOST_VALUES
 from fxprune.validation import shortened
 
-__all__ = ["load_model", "load_weights", "onnx_inputs"]
+__all__ = ["image_size", "load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
 
 
-def load_model(spec: str) -> nn.Module:
+def load_model(spec: str, shapes: Sequence[Sequence[int]] = ()) -> nn.Module:
     """The network that `spec` names, in evaluation mode; nothing is downloaded, so weights may be random.
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME`, `path/to/file.py:factory` (the file is run, and `factory()`
             called), a `.pt2` or `.onnx` file, or the folder that holds `model.pt2`; one that `fxprune.save` or
             `compress` wrote is checked whole.
+        shapes: What an ONNX file is to be tried with, one for each input; needed where it leaves sizes free.
 
     Raises:
         SourceError: There is no such network, or it cannot be built; the message says what there is.
@@ -52,7 +54,7 @@ def load_model(spec: str) -> nn.Module:
         return _factory_model(Path(path), factory).eval()
     suffix = Path(spec).suffix
     if suffix == ".onnx":
-        return from_onnx(spec)
+        return from_onnx(spec, input_shapes=shapes)
     if suffix == ".pt2" or (spec and Path(spec, "model.pt2").is_file()):
         if not Path(spec).exists():
             raise SourceError(f"The file {spec} does not exist.")
@@ -69,6 +71,29 @@ def load_model(spec: str) -> nn.Module:
         )
     hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
     raise SourceError(f"{spec!r} names no network.{hint} Give {FORMS}.")
+
+
+def image_size(spec: str, size: int | None) -> tuple[int, int]:
+    """Height and width of the images for a network: what an ONNX file fixes, else `size`, by default 224.
+
+    Raises:
+        OptionError: An ONNX file takes other images, or leaves sizes free and none is given.
+        SourceError: It cannot be read.
+    """
+    if Path(spec).suffix != ".onnx":
+        return size or 224, size or 224
+    entry, *others = inputs_of(parse(spec), spec)
+    if others or len(entry.shape) != 4 or entry.shape[1] not in (None, 3):
+        raise OptionError(
+            f"{spec} takes something else than images of three channels, channels first, as those of a folder are: use "
+            "fxprune.from_onnx in Python"
+        )
+    height, width = (side or size or 0 for side in entry.shape[2:])
+    if not (height and width):
+        raise OptionError(f"{spec} leaves the size of its input {entry.name} free: give --size")
+    if size is not None and (height, width) != (size, size):
+        raise OptionError(f"{spec} takes images of {height} x {width} pixels only: leave out --size {size}")
+    return height, width
 
 
 def _library_model(library: str, name: str) -> nn.Module:
@@ -200,36 +225,22 @@ def onnx_inputs(
         SourceError: The file is missing or no ONNX model.
         OptionError: `shapes` does not match the inputs, or is needed and not given.
     """
-    import onnx
-
-    if not Path(path).is_file():
-        raise SourceError(f"The file {path} does not exist.")
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # protobuf's own error type is not public
-        raise SourceError(f"{path} cannot be read as ONNX: {error}") from error
-    weights = {tensor.name for tensor in graph.initializer}
-    entries = [entry for entry in graph.input if entry.name not in weights]
-    if not entries:
-        raise SourceError(f"{path} has no input: it is not an ONNX network.")
+    entries = inputs_of(parse(path), path)
     if shapes and len(shapes) != len(entries):
         names = ", ".join(entry.name for entry in entries)
         raise OptionError(f"{path} has {len(entries)} inputs ({names}) and {len(shapes)} shapes were given.")
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for place, entry in enumerate(entries):
-        kind, name = entry.type.tensor_type, f"Input {entry.name} of {path}"
-        # a free dimension has a name or nothing; dim_value then reads 0
-        free = [max(dim.dim_value, 0) for dim in kind.shape.dim]
-        shape = list(shapes[place]) if shapes else [batch or free[0] or 1, *free[1:]] if free else []
-        if 0 in shape:
+        name, own = f"Input {entry.name} of {path}", entry.shape
+        asked = shapes[place] if shapes else (batch or own[0] or 1, *own[1:]) if own else ()
+        shape = [size for size in asked if size is not None]
+        if len(shape) < len(asked):
             raise OptionError(f"{name} has free dimensions: give --input-shape.")
         if math.prod(shape) > MOST_VALUES:
             raise OptionError(f"{name} would be {shape}: over {MOST_VALUES} values.")
         values = torch.randn(shape, generator=generator)
-        numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        dtype = getattr(torch, str(numpy_type), None)
-        if dtype is None:
-            raise SourceError(f"{name} holds {numpy_type} values, which no tensor can.")
-        inputs.append(values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+        inputs.append(
+            values.to(entry.dtype) if entry.dtype.is_floating_point else torch.zeros(shape, dtype=entry.dtype)
+        )
     return tuple(inputs)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from fxprune.building.builder import Builder, Operation, Sizes, UnreadableError, Value
-from fxprune.reading.sizes import items_of, read_shape, read_size
+from fxprune.moving.sizes import items_of, read_shape, read_size
 
 __all__ = ["LAYOUT"]
 
@@ -159,34 +159,6 @@ def _slice(b: Builder, op: Operation) -> Any:
     return b.call(operator.getitem, x, tuple(index)) if index else x
 
 
-def _gather(b: Builder, op: Operation) -> Any:
-    x, places, axis = op.need(0), op.need(1), op.attributes.get("axis", 0)
-    axis %= _rank(b, x)
-    if isinstance(places, Sizes):
-        if not places.scalar:
-            raise UnreadableError("its indices follow the size of the network's input")
-        return b.call(torch.select, x, axis, places.items[0])
-    if isinstance(places, Tensor):
-        if places.dim() == 0:
-            return b.call(torch.select, x, axis, int(places))
-        if bool((places < 0).any()):
-            places = torch.where(places < 0, places + b.fixed(x, axis), places)
-        if places.dim() == 1 and len(places) > 1 and bool((places.diff() == 1).all()):
-            index = [slice(None)] * axis + [slice(int(places[0]), int(places[-1]) + 1)]
-            return b.call(operator.getitem, x, tuple(index))
-    flat = b.call(torch.reshape, places, [-1])
-    taken = b.call(torch.index_select, x, axis, flat)
-    if len(b.shape(places)) == 1:
-        return taken
-    around = [b.size(x, dim) for dim in range(_rank(b, x))]
-    inner = [b.size(places, dim) for dim in range(_rank(b, places))]
-    return b.call(torch.reshape, taken, around[:axis] + inner + around[axis + 1 :])
-
-
-def _gather_elements(b: Builder, op: Operation) -> Any:
-    return b.call(torch.gather, op.need(0), op.attributes.get("axis", 0), op.need(1))
-
-
 def _filled(b: Builder, op: Operation) -> Any:
     value = op.attributes.get("value", torch.zeros(1))
     shape = op.numbers(0, "shape")
@@ -282,7 +254,7 @@ def _triangle(b: Builder, op: Operation) -> Any:
 
 LAYOUT: dict[str, Reader] = {
     "Concat": _concat, "ConstantOfShape": _filled, "DepthToSpace": _depth_to_space, "Expand": _expand,
-    "Flatten": _flatten, "Gather": _gather, "GatherElements": _gather_elements, "Pad": _pad, "Range": _range,
+    "Flatten": _flatten, "Pad": _pad, "Range": _range,
     "Reshape": _reshape, "Resize": _resize, "Shape": read_shape, "Size": read_size, "Slice": _slice,
     "SpaceToDepth": _space_to_depth, "Split": _split, "Squeeze": _squeeze, "Tile": _tile, "Transpose": _transpose,
     "Trilu": _triangle, "Unsqueeze": _unsqueeze, "Upsample": _resize,

@@ -1,0 +1,1 @@
+"""How operators that move values are read, and the sizes that a file computes."""
