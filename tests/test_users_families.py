@@ -185,7 +185,7 @@ def test_segmenters_of_segmentation_models_pytorch(name: str) -> None:
             64,
         ),
         ("efficientformer_l1", {"depths": (2, 1, 1, 1), "embed_dims": (8, 16, 24, 32)}, 224),
-        ("fastvit_t8", {"layers": (2, 1, 1, 1), "embed_dims": (8, 16, 24, 32)}, 64),
+        ("fastvit_t8", {"layers": (2, 1, 1, 1), "embed_dims": (8, 16, 32, 64)}, 64),
         ("vit_small_patch16_224", {"depth": 2, "img_size": 32}, 32),
     ],
 )
