@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,14 +21,15 @@ from fxprune.artifacts.recipe import RECIPE
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.reading.read import from_onnx
-from fxprune.shell.arguments import FORMS, MOST_VALUES
+from fxprune.sources.forms import FORMS, MOST_VALUES
 from fxprune.validation import shortened
 
-__all__ = ["load_model", "load_weights", "onnx_inputs"]
+__all__ = ["absolute", "load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
+_LIBRARIES = ("timm", "torchvision")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
 
@@ -45,7 +47,7 @@ def load_model(spec: str) -> nn.Module:
         ArtifactError: The `.pt2` file is damaged or unsafe.
     """
     origin, _, name = spec.partition(":")
-    if origin in ("timm", "torchvision"):
+    if origin in _LIBRARIES:
         return _library_model(origin, name).eval()
     path, colon, factory = spec.rpartition(":")
     if colon and path.endswith(".py"):
@@ -69,6 +71,11 @@ def load_model(spec: str) -> nn.Module:
         )
     hint = f" Did you mean torchvision:{spec}?" if spec.isidentifier() else ""
     raise SourceError(f"{spec!r} names no network.{hint} Give {FORMS}.")
+
+
+def absolute(spec: str) -> str:
+    """What names the same network from within any other folder."""
+    return spec if spec.partition(":")[0] in _LIBRARIES else os.path.abspath(spec)
 
 
 def _library_model(library: str, name: str) -> nn.Module:
