@@ -119,7 +119,7 @@ def _gist(detail: Path, scenario: str) -> dict[str, Any]:
     events = [json.loads(line.removeprefix(_LOG)) for line in lines if line.startswith(_LOG)]
     found = {event["key"]: event["value"] for event in events}
     seconds = found["effective_min_duration_ms"] / 1e3
-    gist = {"valid": found["result_validity"] == "VALID"}
+    gist: dict[str, Any] = {"valid": found["result_validity"] == "VALID"}
     short = [f"{seconds:g} of {_SECONDS} seconds"] if seconds < _SECONDS else []
     if scenario == "SingleStream":
         gist |= {
