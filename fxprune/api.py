@@ -18,6 +18,7 @@ from fxprune.export.onnx_file import export_onnx as _export
 from fxprune.graph.call import input_names
 from fxprune.graph.examples import example_for
 from fxprune.measurements import LatencyComparison
+from fxprune.measuring import fresh
 from fxprune.memory import memory_explained
 from fxprune.options import Backend, CompressSettings, Options, Settings, takes
 from fxprune.pipeline.closing import close, close_sweep
@@ -28,7 +29,6 @@ from fxprune.precision.int8 import export_int8
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
 from fxprune.submodules.replacement import replace_submodule
-from fxprune.timing import fresh
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped
 
@@ -291,13 +291,14 @@ def measure(
     """Times two networks in turns.
 
     Args:
-        before: The reference: a module, or a path to an ONNX file.
+        before: The reference: a module, the path of an ONNX file, or whatever else names a network in the shell.
         after: The other one.
         inputs: One batch, positional.
-        backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
-        device: Of the `torch` backend.
+        backend: What runs them; see `docs/measuring.md`.
+        device: Of the backends of torch.
         settings: How long to go on.
-        processes: In how many fresh processes, one after another; 1 is this one. Not of the `torch` backend.
+        processes: In how many fresh processes, one after another; 1 is this one. In fresh ones torch
+            takes names alone.
 
     Returns:
         Medians, spreads, and the ratio with its interval.
@@ -319,4 +320,4 @@ def measure(
             backend=backend,
             device=device,
             settings=settings,
-        )[0]
+        ).comparisons[0]

@@ -35,7 +35,7 @@ class Latency:
     """The time of one forward call.
 
     Attributes:
-        backend: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
+        backend: What ran it, one of `backends.BACKENDS`.
         device: The device as its driver names it.
         batch_shape: Shape of the (first) input.
         threads: Intra-operator threads, 0 where it does not apply.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
+from fxprune.backends import Backend
 from fxprune.errors import OptionError
 from fxprune.plan import Plan
 from fxprune.recipes import RECIPES, FitSettings, Recipe, Selection, recipe_named
@@ -36,7 +37,6 @@ __all__ = [
     "takes",
 ]
 
-Backend = Literal["torch", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "openvino"]
 Cost = Literal["latency", "flops", "parameters"]
 Criterion = Literal["recovery", "l2", "kl"]
 FrontEnd = Literal["auto", "fx", "export"]
@@ -110,8 +110,8 @@ class Options:
             by default what the recipe says.
         cost: What a cut is to save: `latency`, measured, or `flops` or `parameters`, counted, where the machine at hand
             is not the one that will serve. A target is one of latency, and needs it.
-        backend: Where latency counts: `torch`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `openvino`.
-        device: Where recovery runs, and the `torch` backend: `cpu`, `cuda` or `cuda:N`; by default where the model is.
+        backend: Where latency counts; see `docs/measuring.md`.
+        device: Where recovery runs, and torch is timed: `cpu`, `cuda` or `cuda:N`; by default where the model is.
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
         ignore: What must stay; see `fxprune.discover`.
         tap: Node or module whose output is mimicked, if not the features before the final pooling.

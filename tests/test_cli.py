@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -7,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ import fxprune.api  # before any test patches what it imports
 from fxprune.errors import (
     AgreementError,
     CalibrationError,
+    DeviceError,
     ExportError,
+    MeasurementError,
     NoRegionError,
     ParityError,
     SourceError,
@@ -31,9 +33,11 @@ from fxprune.errors import (
 )
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
+from fxprune.measuring import fresh
 from fxprune.reports import tables
-from fxprune.shell import arguments, cli, images, sources
-from fxprune.timing import fresh, latency
+from fxprune.shell import arguments, cli, images
+from fxprune.sources import networks
+from fxprune.timing.rounds import Samples
 
 
 class Residual(nn.Module):
@@ -104,7 +108,7 @@ def replace(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def traced(replace) -> Recorder:
-    replace("load_model", Residual(), sources)
+    replace("load_model", Residual(), networks)
     return replace("trace", torch.fx.symbolic_trace(Residual()))
 
 
@@ -132,6 +136,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         ["inspect", "m", "--kinds", "round"],
         ["inspect", "m", "--input-shape", "1,0"],
         ["measure", "a.onnx"],
+        ["measure", "a.onnx", "b.onnx", "--backend", "openvino,abacus"],
         ["sweep", "m"],
         ["sweep", "m", "--data", "d", "--k", "2"],
         ["sweep", "m", "--data", "d", "--selection", "exact"],
@@ -263,7 +268,7 @@ def test_inspect_counts_the_parameters_of_exported_graphs(replace, capsys) -> No
     ]
     body = (*convolutions, "add")
     region = Region("x", "add", "x", body, Kind.IDENTITY, "whole", (), (1, 3, 8, 8), "f32")
-    replace("load_model", Residual(), sources)
+    replace("load_model", Residual(), networks)
     replace("trace", gm)
     replace("discover", Discovery((region,), ()))
     assert cli.main(["inspect", "m", "--json"]) == 0
@@ -570,7 +575,8 @@ def test_verbose_shows_where_an_error_comes_from(traced, replace, caplog) -> Non
 QUIET = """
 import logging, sys, warnings
 import fxprune
-from fxprune.shell import cli, sources
+from fxprune.shell import cli
+from fxprune.sources import networks
 from tests.test_cli import DISCOVERY, Residual
 
 def discover(gm, **rest):
@@ -580,7 +586,7 @@ def discover(gm, **rest):
         raise fxprune.FxpruneError("an error")
     return DISCOVERY
 
-sources.load_model = lambda *_: Residual()
+networks.load_model = lambda *_: Residual()
 fxprune.discover = discover
 sys.exit(cli.main(["inspect", "m", "--size", "8", "--json", *sys.argv[1:2]]))
 """
@@ -639,8 +645,9 @@ def compared(ratio: float, low: float, high: float) -> LatencyComparison:
 @pytest.fixture
 def timed(replace) -> Recorder:
     results = (compared(0.75, 0.74, 0.76), compared(1.5, 1.4, 1.6), compared(0.99, 0.9, 1.01))
-    replace("open_file", SimpleNamespace(conditions={"provider": "CPUExecutionProvider"}), latency)
-    return replace("compare", results, fresh)
+    told = {"provider": "CPUExecutionProvider", "nodes": {"CPUExecutionProvider": {"Conv": 2}}}
+    samples = Samples("onnxruntime-cpu", "Some CPU", 2, (1,) * 4, ((0.004,),) * 4, (told,) * 4)
+    return replace("compare", fresh.Measured(results, (samples,) * 3), fresh)
 
 
 def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, capsys) -> None:
@@ -670,6 +677,59 @@ def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, ca
     assert data["processes"] == 3 and data["after"][0]["ratio_by_process"] == [0.7, 0.75, 0.8]
     assert data["after"][0]["interval"] == {"low": 0.74, "high": 0.76, "level": 0.95}
     assert data["options"]["provider"] == "CPUExecutionProvider" and data["options"]["warmup"] == 5
+
+
+def test_measure_tells_backend_by_backend_and_names_those_that_are_not_to_be_had(
+    timed, tmp_path, capsys, monkeypatch
+) -> None:
+    files = [write_onnx(tmp_path / f"{name}.onnx", 4, 3, 8, 8) for name in "abcd"]
+    elsewhere = {"CUDAExecutionProvider": {"Conv": 2}, "CPUExecutionProvider": {"Shape": 1}}
+    told = {
+        "provider": "CUDAExecutionProvider",
+        "nodes": elsewhere,
+        "provider_options": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1", "device_id": "0"},
+    }
+    clocks = {"clocks.sm": 1980.0, "slowed_by": []}
+    card = {"before": clocks, "after": {"clocks.sm": 1755.0, "slowed_by": ["sw_power_cap"]}}
+    comparisons, (samples, *_) = timed.result
+    answers = {
+        "torch-compile": MeasurementError("no compiler"),
+        "onnxruntime-cpu": timed.result,
+        "onnxruntime-cuda-heuristic": fresh.Measured(
+            comparisons, (dataclasses.replace(samples, conditions=(told,) * 4, card=card),)
+        ),
+        "openvino": DeviceError("not installed"),
+    }
+
+    def compare(*networks: Any, backend: str, device: str | None, **settings: Any) -> fresh.Measured:
+        assert device == ("cpu" if backend == "torch-compile" else None)
+        if isinstance(answers[backend], Exception):
+            raise answers[backend]
+        return answers[backend]
+
+    monkeypatch.setattr(fresh, "compare", compare)
+    asked = ["measure", *files, "--device", "cpu", "--backend", ",".join(answers)]
+    assert cli.main([*asked, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [len(one["after"]) for one in (data, *data["others"])] == [3, 3]
+    assert data["not_measured"] == [
+        {"backend": "torch-compile", "reason": "no compiler"},
+        {"backend": "openvino", "reason": "not installed"},
+    ]
+    assert data["gpu"] == [] and data["others"][0]["gpu"] == [card]
+    assert data["others"][0]["options"]["provider_options"]["use_tf32"] == "1"
+    assert cli.main(asked) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(
+        "\n\ntorch-compile: not measured: no compiler\n\nopenvino: not measured: not installed\n"
+    )
+    assert "cudnn_conv_algo_search HEURISTIC, use_tf32 1\n" in out
+    assert f"{files[2]}: 1 of 3 nodes to CPUExecutionProvider (Shape)\n" in out
+    assert "clocks.sm 1980.0 to 1755.0; slowed by sw_power_cap" in out
+    assert cli.main(["measure", *files, "--device", "cpu", "--backend", "openvino"]) == 2
+    assert "device='cpu' is of torch's backends; openvino" in capsys.readouterr().err
+    assert cli.main(["measure", *files, "--device", "cpu", "--backend", "openvino,torch-compile"]) == 1
+    assert "not installed" in capsys.readouterr().err
 
 
 def test_measure_refuses_networks_with_different_inputs(timed, tmp_path, capsys) -> None:

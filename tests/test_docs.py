@@ -100,6 +100,7 @@ def test_commands_of_the_documents_are_understood() -> None:
     names = {"demo", "inspect", "draw", "compress", "apply", "sweep", "measure", "report", "export"}
     assert understood(ROOT / "README.md") == names
     assert understood(ROOT / "docs" / "serving.md") == {"compress", "export"}
+    assert understood(ROOT / "docs" / "measuring.md") == {"measure"}
 
 
 class UnderstoodError(Exception):

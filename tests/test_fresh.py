@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import DeviceError, MeasurementError, OptionError
-from fxprune.timing import fresh, rounds
+from fxprune.measuring import asking, fresh
+from fxprune.timing import rounds
 from fxprune.timing.rounds import Samples, TimingSettings
+from tests.tiny import images
 
 QUICK = TimingSettings(warmup=1, min_rounds=3, max_rounds=3, resamples=50, threads=1)
 X = torch.randn(2, 3, 8, 8)
@@ -69,24 +73,40 @@ def test_networks_are_measured_in_as_many_processes_as_asked() -> None:
     assert found.interval.low <= min(found.by_process) <= max(found.by_process) <= found.interval.high
 
 
+@pytest.mark.parametrize("backend", ["torch-channels-last", "onnxruntime-cpu"])
+def test_every_process_finds_networks_by_their_names(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(
+        Path(__file__).parent
+    )  # the name is one of this folder, and processes work in their own
+    found = fresh.compare(
+        "tiny.py:tiny", ["./tiny.py:tiny"], [images(2)], processes=2, backend=backend, settings=QUICK
+    )
+    assert [one.backend for one in found.processes] == [backend] * 2
+    assert all(len(one.seconds) == len(one.conditions) == 2 for one in found.processes)
+    torchs = backend == "torch-channels-last"
+    name, value = ("memory_format", "channels_last") if torchs else ("provider", "CPUExecutionProvider")
+    assert all(told[name] == value for one in found.processes for told in one.conditions)
+
+
 def test_every_process_has_a_seed_of_its_own_and_samples_are_pooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def ask(folder: Path, which: str) -> Samples:
-        question = json.loads((folder / "question.json").read_text())
+    def ask(folder: Path, question: Any, module: str, which: str) -> dict[str, Any]:
         asked.append(
-            (which, question["settings"]["seed"], question["settings"]["threads"], question["files"])
+            (which, question["settings"]["seed"], question["settings"]["threads"], question["networks"])
         )
         slow = float(len(asked))
-        return Samples("onnxruntime-cpu", "cpu", 1, (2, 5), ((slow, slow, slow), (0.5, 0.5, 0.5)))
+        return asdict(Samples("onnxruntime-cpu", "cpu", 1, (2, 5), ((slow,) * 3, (0.5,) * 3)))
 
-    monkeypatch.setattr(fresh, "_ask", ask)
+    monkeypatch.setattr(asking, "ask", ask)
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    (found,) = fresh.compare(
+    ((found,), _) = fresh.compare(
         "a.onnx", ["b.onnx"], [X], processes=3, backend="onnxruntime-cpu", settings=QUICK
     )
     files = [str(tmp_path / name) for name in ("a.onnx", "b.onnx")]
@@ -136,15 +156,18 @@ def test_the_error_of_a_process_is_raised_as_what_it_is(
 
 
 def test_a_process_tells_what_went_wrong(tmp_path: Path) -> None:
-    fresh.save_file({"0": X}, tmp_path / "inputs.safetensors")
-    question = {"files": ["none.onnx"], "backend": "onnxruntime-cpu", "settings": {}}
+    fresh.keep_inputs([X], tmp_path)
+    question = {"networks": ["none.onnx"], "backend": "onnxruntime-cpu", "device": "cpu", "settings": {}}
     (tmp_path / "question.json").write_text(json.dumps(question))
-    told = fresh._answer(tmp_path)
+    asking.answer(tmp_path, fresh._samples)
+    told = json.loads((tmp_path / "answer.json").read_text())
     assert told["error"] == "MeasurementError" and "does not exist" in told["message"]
 
 
 def test_what_cannot_be_asked_of_processes_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"processes=2: torch times modules .* in this process"):
+    with pytest.raises(
+        OptionError, match=r"'torch' times modules .* in this process: leave processes out, or name"
+    ):
         fxprune.measure(network(1), network(1), inputs=X, processes=2)
     with pytest.raises(OptionError, match="processes is 0"):
         fxprune.measure(network(1), network(1), inputs=X, processes=0)

@@ -6,7 +6,9 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,75 @@ def test_every_candidate_gets_a_comparison(backend: str) -> None:
     for comparison in found:
         require_sane(comparison, backend)
     assert found[0].before == found[1].before
+
+
+WAYS = {
+    "torch": (torch.float32, True, False),
+    "torch-channels-last": (torch.float32, False, False),
+    "torch-bf16": (torch.bfloat16, True, False),
+    "torch-compile": (torch.float32, True, True),
+}
+
+
+@pytest.mark.parametrize("backend", WAYS)
+def test_torch_runs_networks_in_the_way_that_is_asked_for(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes its time
+    seen: set[tuple[torch.dtype, bool, bool]] = set()
+
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            compiling = torch.compiler.is_compiling()
+            note(x.dtype, x.is_contiguous() and self.conv.weight.is_contiguous(), compiling)
+            return self.conv(x)
+
+    @torch.compiler.disable
+    def note(*way: Any) -> None:
+        seen.add(way)
+
+    model = Spy().eval()
+    samples = latency.take_samples([model, model], [X], backend, None, QUICK)
+    assert seen == {WAYS[backend]}
+    assert model.conv.weight.dtype == torch.float32 and model.conv.weight.is_contiguous()
+    for told in samples.conditions:
+        assert told["dtype"] == str(WAYS[backend][0]).removeprefix("torch.")
+        assert told["compiled"] is WAYS[backend][2]
+        assert (told["memory_format"] == "channels_last") is not WAYS[backend][1]
+
+
+def test_what_cannot_be_compiled_is_said() -> None:
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}),
+        pytest.raises(MeasurementError, match=r"before cannot be timed as torch-compile: .*C\+\+ compiler"),
+    ):
+        latency.compare(network(1), [network(1)], [X], backend="torch-compile", settings=QUICK)
+
+
+def test_what_torch_would_leave_uncompiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(MeasurementError, match=r"candidate 1 .*limit"),
+    ):
+        latency.compare(network(1), [network(2)], [X], backend="torch-compile", settings=QUICK)
+
+
+@pytest.mark.slow
+def test_inductor_compiles() -> None:
+    (found,) = latency.compare(network(3), [network(1)], [X], backend="torch-compile", settings=QUICK)
+    require_sane(found, "torch-compile")
+
+
+def test_channels_last_needs_an_image() -> None:
+    with pytest.raises(MeasurementError, match="no input has four dimensions"):
+        latency.compare(nn.Identity(), [nn.Identity()], [X[0]], backend="torch-channels-last", settings=QUICK)
 
 
 def test_onnx_files_are_timed_as_they_are(tmp_path: Path) -> None:

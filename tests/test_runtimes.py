@@ -151,7 +151,69 @@ def test_a_session_on_the_card_is_accepted(doubling: Path, monkeypatch: pytest.M
     fake_cuda(monkeypatch, available=["CUDAExecutionProvider"], used=["CUDAExecutionProvider"])
     session = onnxruntime.open_session(doubling, device="cuda", threads=1)
     assert session.get_providers() == ["CUDAExecutionProvider"]
-    assert session.providers == [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "EXHAUSTIVE"})]
+    told = {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "1"}
+    assert session.providers == [("CUDAExecutionProvider", told)]
+    session = onnxruntime.open_session(doubling, device="cuda-heuristic", threads=1)
+    assert session.providers == [("CUDAExecutionProvider", told | {"cudnn_conv_algo_search": "HEURISTIC"})]
+
+
+def test_a_session_says_where_its_nodes_run(doubling: Path) -> None:
+    session = onnxruntime.open_session(doubling, device="cpu", threads=1)
+    nodes = {"CPUExecutionProvider": {"Add": 1}}
+    assert onnxruntime.nodes_by_provider(session) == nodes
+    assert onnxruntime.conditions(session)["nodes"] == nodes
+    assert onnxruntime.elsewhere(nodes, "CPUExecutionProvider") == ""
+
+
+def on_the_card(monkeypatch: pytest.MonkeyPatch, **operators: list[str]) -> None:
+    """A session on a card whose nodes onnxruntime has given to providers."""
+    card = "CUDAExecutionProvider"
+    fake_cuda(monkeypatch, available=[card], used=[card, "CPUExecutionProvider"])
+    parts = [
+        SimpleNamespace(
+            ep_name=f"{name}ExecutionProvider",
+            get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=kind) for kind in kinds],
+        )
+        for name, kinds in operators.items()
+    ]
+    fake = ort.InferenceSession
+    monkeypatch.setattr(
+        ort,
+        "InferenceSession",
+        lambda *_, **told: SimpleNamespace(
+            **vars(fake(**told)), get_provider_graph_assignment_info=lambda: parts
+        ),
+    )
+
+
+def test_nodes_that_run_elsewhere_are_told(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_the_card(monkeypatch, CUDA=["Conv", "Conv", "Relu"])
+    onnxruntime.open_session(doubling, device="cuda", threads=1)
+    assert caplog.messages == []
+    on_the_card(monkeypatch, CUDA=["Conv", "Conv"], CPU=["Shape", "Gather", "Shape"])
+    onnxruntime.open_session(doubling, device="cuda", threads=1)
+    (message,) = caplog.messages
+    assert message.endswith("3 of 5 nodes to CPUExecutionProvider (Gather, Shape)")
+
+
+def test_a_session_none_of_whose_nodes_run_where_they_should_is_refused(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_card(monkeypatch, CPU=["Conv"])
+    with pytest.raises(DeviceError, match=r"CUDA.* runs no node of .*m\.onnx; .* 1 of 1 nodes to CPU.*Conv"):
+        onnxruntime.open_session(doubling, device="cuda", threads=1)
+
+
+def test_an_onnxruntime_that_does_not_say_where_nodes_run_is_told(doubling: Path) -> None:
+    silent = SimpleNamespace(
+        get_providers=lambda: ["CPUExecutionProvider"],
+        get_provider_options=lambda: {"CPUExecutionProvider": {}},
+        get_session_options=lambda: ort.SessionOptions(),
+    )
+    assert onnxruntime.nodes_by_provider(silent) is None
+    assert "not recorded: onnxruntime" in onnxruntime.conditions(silent)["nodes"]
 
 
 @pytest.fixture

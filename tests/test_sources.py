@@ -16,7 +16,7 @@ from fxprune.errors import ArtifactError, OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.shell import images as shell_images
 from fxprune.shell.images import BATCH, IMAGENET_MEAN, IMAGENET_STD, load_images, load_labelled
-from fxprune.shell.sources import image_size, load_model, load_weights, onnx_inputs
+from fxprune.sources.networks import image_size, load_model, load_weights, onnx_inputs
 
 
 def test_torchvision_networks_come_untrained_and_in_evaluation_mode() -> None:

@@ -29,7 +29,7 @@ from benchmarks.common.tables import print_rows
 from fxprune.building.file import inputs_of, parse
 from fxprune.errors import FxpruneError
 from fxprune.processes.threads import using_threads
-from fxprune.shell.sources import onnx_inputs
+from fxprune.sources.networks import onnx_inputs
 
 __all__ = ["NETWORKS", "WAYS", "main"]
 

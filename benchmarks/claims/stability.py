@@ -17,10 +17,10 @@ from typing import Any, get_args
 
 from benchmarks.common import jobs, networks, options
 from benchmarks.common.tables import mean_and_spread, print_rows
+from fxprune.backends import BACKENDS
 from fxprune.options import Selection, recipe_named
 from fxprune.pipeline.stages import choose, score
 from fxprune.processes.threads import using_threads
-from fxprune.timing.latency import BACKENDS
 from fxprune.timing.savings import SCORING
 
 __all__ = ["main"]

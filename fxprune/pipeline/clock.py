@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.backends import Backend, runs_modules
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.graph.regions import Region
 from fxprune.measurements import LatencyComparison
-from fxprune.options import Backend
 from fxprune.pipeline.job import Job
 from fxprune.processes.group import on_main
 from fxprune.scoring.stored import stored_latencies
@@ -48,7 +48,7 @@ def _compare(
         after,
         flat_tensors(batch),
         backend=backend,
-        device=job.original.device if backend == "torch" else None,
+        device=job.original.device if runs_modules(backend) else None,
         settings=settings,
         show_progress=job.show_progress,
     )
@@ -88,7 +88,7 @@ def latencies_without(
 
 def _conditions(job: Job, settings: timing.TimingSettings) -> dict[str, Any]:
     backend = job.options.backend
-    place = timing.device_of(backend, job.original.device if backend == "torch" else None)
+    place = timing.device_of(backend, job.original.device if runs_modules(backend) else None)
     return {
         "backend": backend,
         "machine": timing.device_name(place),

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from fxprune.artifacts.results import Results
+from fxprune.backends import Backend
 from fxprune.export.onnx_file import ExportRecord, export_onnx
 from fxprune.export.parity import BATCH_SIZES
-from fxprune.options import Backend
 from fxprune.pipeline.clock import compare_files
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.opening import HELD_BACK

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import fx, nn
 
+from fxprune.backends import runs_modules
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
 from fxprune.calibration.labelled import LabelledImages
@@ -90,7 +91,7 @@ def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | Non
             "labels and evaluate are for networks that are compressed as a whole, and the part that submodule= names "
             "has no accuracy of its own: measure the model that compress returns"
         )
-    if options.backend != "torch":
+    if not runs_modules(options.backend):
         device_of(options.backend)  # one that is missing is said before any work
     options = options.filled(_device(options.device, model), options.threads or default_threads())
     with using_threads(options.threads), _plain_torch(), memory_explained():

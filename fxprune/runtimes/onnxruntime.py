@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -15,15 +17,32 @@ import torch
 from fxprune.errors import DeviceError, MeasurementError
 from fxprune.runtimes.feeds import Array, Values, arrays
 
-__all__ = ["Array", "bound_call", "conditions", "open_session", "require_tensorrt", "run"]
+__all__ = [
+    "Array",
+    "bound_call",
+    "conditions",
+    "elsewhere",
+    "nodes_by_provider",
+    "open_session",
+    "require_tensorrt",
+    "run",
+]
+
+logger = logging.getLogger(__name__)
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "cuda-heuristic": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# onnxruntime's own choice, written down: what it calls DEFAULT is the slow fallback.
-_TOLD = {"cpu": {}, "cuda": {"cudnn_conv_algo_search": "EXHAUSTIVE"}, "tensorrt": {}}
+# Of cuDNN's two ways to choose algorithms the first is onnxruntime's own; what it calls DEFAULT is the slow fallback.
+_TOLD = {
+    "cpu": {},
+    "cuda": {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "1"},
+    "cuda-heuristic": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1"},
+    "tensorrt": {},
+}
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
 _TENSORRT_ADVICE = 'pip install "tensorrt-cu13>=10.13,<11"'
 # Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
@@ -43,7 +62,7 @@ def open_session(
 
     Args:
         path: An ONNX network.
-        device: `cpu`, `cuda` or `tensorrt`.
+        device: `cpu`, `cuda`, `cuda-heuristic` or `tensorrt`.
         threads: Intra-operator threads; `None` leaves the choice to onnxruntime.
         half: Whether the network computes in float16. On the CPU its memory layout is then left as it is: optimising
             that ends the whole process for some vision transformers (seen with onnxruntime 1.31).
@@ -68,6 +87,7 @@ def open_session(
         options.optimized_model_filepath = os.fspath(optimised_to)
     options.log_severity_level = _LOG_ERRORS
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -83,17 +103,59 @@ def open_session(
             f" for {os.fspath(path)}; a library of the card is missing or of the wrong version"
             f"{f' ({printed})' if printed else ''}: {_CUDA_ADVICE}"
         )
+    _check_nodes(session, os.fspath(path))
     return session
 
 
+def nodes_by_provider(session: ort.InferenceSession) -> dict[str, dict[str, int]] | None:
+    """How many nodes of each operator every provider was given; None where this onnxruntime does not say."""
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    if tell is None:
+        return None
+    found: dict[str, Counter[str]] = {}
+    for part in tell():
+        found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return {provider: dict(operators) for provider, operators in found.items()}
+
+
+def _check_nodes(session: ort.InferenceSession, path: str) -> None:
+    """Refuses a session whose provider got none of the network, and warns of nodes that others got."""
+    used = session.get_providers()[0]
+    nodes = nodes_by_provider(session)
+    if not nodes or nodes.keys() == {used}:
+        return
+    others = elsewhere(nodes, used)
+    if used not in nodes:
+        raise DeviceError(f"{used} runs no node of {path}; onnxruntime gave {others}")
+    logger.warning("%s does not run the whole of %s: onnxruntime gave %s", used, path, others)
+
+
+def elsewhere(nodes: Mapping[str, Mapping[str, int]], provider: str) -> str:
+    """What a provider was not given, in words; empty where it was given all nodes.
+
+    Args:
+        nodes: What `nodes_by_provider` found.
+        provider: The one that was asked for.
+    """
+    total = sum(sum(operators.values()) for operators in nodes.values())
+    return "; ".join(
+        f"{sum(operators.values())} of {total} nodes to {other} ({', '.join(sorted(operators))})"
+        for other, operators in nodes.items()
+        if other != provider
+    )
+
+
 def conditions(session: ort.InferenceSession) -> dict[str, object]:
-    """What onnxruntime was told, for a record: its version, the provider with all its options, how it optimises."""
+    """What onnxruntime was told, for a record, and which provider runs how many nodes of each operator."""
     provider = session.get_providers()[0]
+    own = {"tf32": "allowed, TensorRT's default"} if provider == _PROVIDERS["tensorrt"] else {}
     return {
         "onnxruntime": ort.__version__,
         "provider": provider,
         "provider_options": session.get_provider_options()[provider],
         "graph_optimization": session.get_session_options().graph_optimization_level.name,
+        "nodes": nodes_by_provider(session) or f"not recorded: onnxruntime {ort.__version__} does not say",
+        **own,
     }
 
 

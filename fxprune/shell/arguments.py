@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
 from functools import partial
 from typing import get_args
 
+from fxprune.backends import BACKENDS
 from fxprune.graph.regions import Kind
-from fxprune.options import RECIPES, Backend, Cost, Criterion, FrontEnd, Selection
+from fxprune.options import RECIPES, Cost, Criterion, FrontEnd, Selection
 from fxprune.serving.triton_config import Accelerator, TritonSettings
+from fxprune.sources.forms import FORMS, MOST_VALUES
 
 __all__ = [
-    "FORMS",
-    "MOST_VALUES",
     "add_apply",
     "add_compress",
     "add_demo",
@@ -24,15 +25,8 @@ __all__ = [
     "add_sweep",
 ]
 
-FORMS = (
-    "torchvision:NAME, timm:NAME, path/to/file.py:factory, a .pt2 or .onnx file, or a folder with model.pt2"
-)
-"""What names a network."""
-MOST_VALUES = 2**28
-"""Values in one input: a GiB of float32."""
-
 _KINDS = tuple(kind.value for kind in Kind)
-_BACKENDS, _SELECTIONS = get_args(Backend), get_args(Selection)
+_SELECTIONS = get_args(Selection)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -77,12 +71,16 @@ def _split(text: str) -> list[str]:
     return text.split(",")
 
 
-def _kinds(text: str) -> tuple[str, ...]:
-    kinds = tuple(_split(text))
-    unknown = [kind for kind in kinds if kind not in _KINDS]
+def _of(what: str, names: Sequence[str], text: str) -> tuple[str, ...]:
+    given = tuple(_split(text))
+    unknown = [name for name in given if name not in names]
     if unknown:
-        raise ArgumentTypeError(f"unknown kind {unknown[0]!r}: choose from {', '.join(_KINDS)}")
-    return kinds
+        raise ArgumentTypeError(f"unknown {what} {unknown[0]!r}: choose from {', '.join(names)}")
+    return given
+
+
+_kinds = partial(_of, "kind", _KINDS)
+_backends = partial(_of, "backend", BACKENDS)
 
 
 def _add_model(parser: ArgumentParser) -> None:
@@ -123,7 +121,7 @@ def _add_job(parser: ArgumentParser, selections: tuple[str, ...], out: str) -> N
     add("--submodule", metavar="PATH", help="this part of the network only; files hold the part")
     add("--cost", choices=get_args(Cost), default="latency", help="what a cut is to save (latency)")
     add("--selection", choices=selections, help="how sets are chosen (as the recipe says)")
-    add("--backend", choices=_BACKENDS, default="torch", help="where latency is measured (torch)")
+    add("--backend", choices=BACKENDS, default="torch", help="where latency is measured (torch)")
     add("--latency-batch", type=_positive, metavar="N", help="batch size of the latency measured")
     add("--device", choices=("cpu", "cuda"))
     add("--tap", metavar="NODE", help="node where features are compared (found in the graph)")
@@ -194,16 +192,22 @@ def add_sweep(parser: ArgumentParser) -> None:
 def add_measure(parser: ArgumentParser) -> None:
     """Arguments of `fxprune measure`."""
     add = parser.add_argument
-    add("before", metavar="BEFORE.onnx", help="what the others are compared with")
-    add("after", metavar="AFTER.onnx", nargs="+")
-    add("--backend", choices=_BACKENDS[1:], default="onnxruntime-cpu")
+    add("before", metavar="BEFORE", help=f"what the others are compared with: {FORMS}")
+    add("after", metavar="AFTER", nargs="+", help="likewise")
+    where = f"one or several, with commas (onnxruntime-cpu): {','.join(BACKENDS)}"
+    add("--backend", type=_backends, default=["onnxruntime-cpu"], metavar="BACKEND", help=where)
+    add("--device", choices=("cpu", "cuda"), help="of torch's backends (cpu)")
     add("--batch", type=_positive, metavar="N", help="batch size (the file's, or 1)")
-    shape = "1,3,224,224"
-    add("--input-shape", type=_shape, action="append", default=[], metavar=shape, help="one an input")
+    shape = "one an input; needed where no network says what it takes"
+    add("--input-shape", type=_shape, action="append", default=[], metavar="1,3,224,224", help=shape)
     _add_threads(parser)
     add("--rounds", type=_positive, metavar="N", help="rounds in a process (until the interval is narrow)")
     processes = "fresh processes, one after another, in each of which all take turns (3); 1 is this one alone"
     add("--processes", type=_positive, default=3, metavar="N", help=processes)
+    loadgen = "then run MLPerf's LoadGen (SingleStream, Offline) over each, and keep what it writes there"
+    add("--record", type=_path, metavar="DIR", help=loadgen)
+    least = "least seconds of each of its runs (MLPerf's 600)"
+    add("--record-seconds", type=_positive, default=600, metavar="S", help=least)
 
 
 def add_report(parser: ArgumentParser) -> None:

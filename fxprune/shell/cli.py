@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune._version import __version__
-from fxprune.errors import FxpruneError, OptionError, SourceError
+from fxprune.errors import FxpruneError, SourceError
 from fxprune.memory import memory_explained
 from fxprune.options import Options
 from fxprune.shell.arguments import (
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(args: argparse.Namespace, shape: tuple[int, ...]) -> Any:
-    from fxprune.shell.sources import load_model, load_weights
+    from fxprune.sources.networks import load_model, load_weights
 
     model = load_model(args.model, [shape])
     if args.weights is not None:
@@ -128,7 +128,7 @@ def _found(args: argparse.Namespace) -> tuple[GraphModule, Discovery, list[int]]
     import torch
 
     import fxprune
-    from fxprune.shell.sources import image_size
+    from fxprune.sources.networks import image_size
 
     shape = args.input_shape or (1, 3, *image_size(args.model, args.size))
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -187,7 +187,7 @@ def _recover(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.files import check_writable
     from fxprune.shell.images import load_images, load_labelled
-    from fxprune.shell.sources import image_size
+    from fxprune.sources.networks import image_size
 
     with _together() as talks:
         if args.out is not None:
@@ -221,7 +221,7 @@ def _apply(args: argparse.Namespace) -> None:
     from fxprune.graph.call import flat_tensors
     from fxprune.graph.examples import example_of
     from fxprune.plan import Plan
-    from fxprune.shell.sources import load_model
+    from fxprune.sources.networks import load_model
 
     out = check_writable(args.out)
     plan = Plan.read(args.plan)
@@ -241,27 +241,27 @@ def _apply(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    import torch
+    from fxprune.files import check_writable
+    from fxprune.measuring.several import measure_networks
+    from fxprune.reports.measurement import measurement_table
+    from fxprune.sources.examples import inputs_of
+    from fxprune.timing.rounds import TimingSettings
 
-    from fxprune.reports.measurement import measurement, measurement_table
-    from fxprune.shell.sources import onnx_inputs
-    from fxprune.timing import fresh
-    from fxprune.timing.latency import TimingSettings, open_file
-
-    first, *others = files = [args.before, *args.after]
-    inputs = onnx_inputs(first, batch=args.batch, shapes=args.input_shape)
-    for other in others:
-        theirs = onnx_inputs(other, batch=args.batch, shapes=args.input_shape)
-        if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in theirs]:
-            raise OptionError(f"{first} and {other} take different inputs: they cannot be compared.")
+    networks = [args.before, *args.after]
+    inputs = inputs_of(networks, batch=args.batch, shapes=args.input_shape)
     # a number of rounds that was asked for is taken, however long it lasts
     rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
     settings = TimingSettings(threads=args.threads, **rounds)
-    results = fresh.compare(
-        first, others, inputs, processes=args.processes, backend=args.backend, settings=settings
+    data = measure_networks(
+        networks,
+        inputs,
+        args.backend,
+        processes=args.processes,
+        device=args.device,
+        settings=settings,
+        record_in=args.record and check_writable(args.record),
+        record_seconds=args.record_seconds,
     )
-    told = open_file(first, args.backend, args.threads or torch.get_num_threads()).conditions
-    data = measurement(files, results, {**asdict(settings), **told})
     _print(args, data, measurement_table(data))
 
 
@@ -313,7 +313,7 @@ _COMMANDS = (
     ("compress", add_compress, _recover, "cut, recover, export"),
     ("apply", add_apply, _apply, "make a compressed network again from its plan and its weights"),
     ("sweep", add_sweep, _recover, "latency and recovery loss for every number of cuts"),
-    ("measure", add_measure, _measure, "time ONNX files in turns"),
+    ("measure", add_measure, _measure, "time networks in turns, where they will run"),
     ("report", add_report, _report, "show what a compression did, and write it as a page"),
     ("export", add_export, _export, "write a model repository for an inference server"),
 )

@@ -18,10 +18,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 import fxprune
+from fxprune.backends import Backend
 from fxprune.errors import SourceError
 from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
-from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
 from fxprune.reports.tables import render
 

@@ -14,23 +14,25 @@ import platform
 import re
 import tempfile
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast, get_args
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.backends import BACKENDS, runs_modules
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
 from fxprune.export.onnx_file import export_onnx
 from fxprune.measurements import Latency, LatencyComparison
-from fxprune.options import Backend
 from fxprune.processes.threads import using_threads
 from fxprune.progress import progress
 from fxprune.runtimes import onnxruntime, openvino
+from fxprune.timing.card import card_state
 from fxprune.timing.collector import collector_paused
+from fxprune.timing.modules import Ready, module_call
 from fxprune.timing.rounds import (
     Clock,
     Contestant,
@@ -41,11 +43,8 @@ from fxprune.timing.rounds import (
     ratio_over_processes,
     warm_up,
 )
-from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = [
-    "BACKENDS",
-    "Opened",
     "Subject",
     "TimingSettings",
     "as_file",
@@ -53,24 +52,12 @@ __all__ = [
     "compared",
     "device_name",
     "device_of",
-    "open_file",
+    "labels",
+    "prepare",
     "take_samples",
 ]
 
-BACKENDS = get_args(Backend)
 Subject: TypeAlias = "nn.Module | str | os.PathLike[str]"
-
-
-class Opened(NamedTuple):
-    """An ONNX file that was opened on a backend.
-
-    Attributes:
-        bind: Takes the inputs; what it returns runs the network on them, and waits for its end.
-        conditions: What the runtime was told.
-    """
-
-    bind: Callable[[Sequence[Tensor]], Callable[[], None]]
-    conditions: Mapping[str, object]
 
 
 def compare(
@@ -89,7 +76,7 @@ def compare(
         before: The reference: a module, or the path of an ONNX file where `backend` runs those.
         candidates: What to compare with it, likewise. Modules are not changed.
         inputs: The tensors of one call, batch first.
-        backend: One of `BACKENDS`; modules are exported for all but `torch`.
+        backend: One of `backends.BACKENDS`; modules are exported for all but those of torch.
         device: `cpu` or `cuda[:N]` for torch (`cpu` by default); implied by the others.
         settings: When to stop; the defaults if `None`.
         show_progress: Whether a bar is drawn.
@@ -125,12 +112,14 @@ def take_samples(
         raise OptionError("compare() needs the input tensors of one call, none were given")
     gc.collect()
     with using_threads(settings.threads), collector_paused(), torch.inference_mode():
-        contestants = [
-            _prepare(subject, f"candidate {i}" if i else "before", inputs, backend, place)
-            for i, subject in enumerate(subjects)
-        ]
+        contestants, conditions = [], []
+        for label, subject in zip(labels(subjects), subjects, strict=True):
+            named, ready = prepare(subject, label, inputs, backend, place)
+            contestants.append(Contestant(named, ready.call))
+            conditions.append(ready.conditions)
         clock: Clock = partial(_cuda_clock, place) if place.type == "cuda" else _wall_clock
         warm_up(contestants, clock, settings.warmup)
+        before = card_state(place) if place.type == "cuda" else None
         with progress("latency, at most", settings.max_seconds, "s", show=show_progress) as tell:
             race(contestants, clock, settings, lambda share: tell(share * settings.max_seconds))
         return Samples(
@@ -139,7 +128,14 @@ def take_samples(
             torch.get_num_threads() if place.type == "cpu" else 0,
             tuple(one.repeats for one in contestants),
             tuple(tuple(one.samples) for one in contestants),
+            tuple(conditions),
+            None if before is None else {"before": before, "after": card_state(place)},
         )
+
+
+def labels(subjects: Sequence[Subject]) -> list[str]:
+    """What the networks of a comparison are called where they have no name, the reference first."""
+    return [f"candidate {i}" if i else "before" for i in range(len(subjects))]
 
 
 def device_name(device: str | torch.device) -> str:
@@ -185,8 +181,8 @@ def device_of(backend: str, device: str | None = None) -> torch.device:
     """
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    bound = backend != "torch"
-    implied = "cuda" if backend in ("onnxruntime-cuda", "tensorrt") else "cpu"
+    bound = not runs_modules(backend)
+    implied = "cuda" if backend.startswith(("onnxruntime-cuda", "tensorrt")) else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device or implied):
         raise OptionError(f"device={device!r} is unknown: give cpu, cuda or cuda:N")
     place = torch.device(device or implied)
@@ -216,20 +212,28 @@ def _require_cuda(place: torch.device) -> None:
         )
 
 
-def _prepare(
+def prepare(
     subject: Subject, label: str, inputs: Sequence[Tensor], backend: str, place: torch.device
-) -> Contestant:
-    """Make a network ready to be called without arguments, with everything in place on the device."""
-    if backend == "torch":
-        if isinstance(subject, nn.Module):
-            return Contestant(label, _module_call(subject, inputs, place))
-        raise MeasurementError(
-            f"{label} ({os.fspath(subject)}) is a file, and torch times modules only: choose another backend"
-        )
+) -> tuple[str, Ready]:
+    """What a network is called in errors, and how it is called with everything in place on the device.
+
+    Raises:
+        DeviceError: The backend is not there.
+        MeasurementError: It cannot run the network.
+    """
+    if runs_modules(backend):
+        if not isinstance(subject, nn.Module):
+            raise MeasurementError(
+                f"{label} ({os.fspath(subject)}) is a file, and torch times modules only: choose another backend"
+            )
+        try:
+            return label, module_call(subject, inputs, backend, place)
+        except MeasurementError as error:
+            raise MeasurementError(f"{label} cannot be timed as {backend}: {error}") from error
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
         path = as_file(subject, label, inputs, Path(folder))
         named = label if isinstance(subject, nn.Module) else f"{label} ({path})"
-        return Contestant(named, _session_call(path, inputs, backend))
+        return named, _session_call(path, inputs, backend)
 
 
 def as_file(subject: Subject, label: str, inputs: Sequence[Tensor], folder: Path) -> Path:
@@ -252,38 +256,23 @@ def as_file(subject: Subject, label: str, inputs: Sequence[Tensor], folder: Path
     return path
 
 
-def open_file(path: str | os.PathLike[str], backend: str, threads: int, *, half: bool = False) -> Opened:
-    """An ONNX file on a backend other than `torch`.
-
-    Raises:
-        DeviceError: The backend is not there.
-        MeasurementError: It cannot load the file.
-    """
+def _session_call(path: str | os.PathLike[str], inputs: Sequence[Tensor], backend: str) -> Ready:
+    threads = torch.get_num_threads()
     if backend == "openvino":
         compiled = openvino.open_session(path, threads=threads)
-        return Opened(partial(openvino.bound_call, compiled), openvino.conditions(compiled))
-    device = backend.removeprefix("onnxruntime-")
-    session = onnxruntime.open_session(path, device=device, threads=threads, half=half)
-    return Opened(partial(onnxruntime.bound_call, session), onnxruntime.conditions(session))
-
-
-def _module_call(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Callable[[], None]:
-    tensors = [*module.parameters(), *module.buffers()]
-    ready = all(x.device == place for x in tensors) and not any(m.training for m in module.modules())
-    network = module if ready else evaluation_copy(module).requires_grad_(False).to(place)
-    return partial(network, *(x.to(place) for x in inputs))
-
-
-def _session_call(path: str | os.PathLike[str], inputs: Sequence[Tensor], backend: str) -> Callable[[], None]:
+        return Ready(openvino.bound_call(compiled, inputs), openvino.conditions(compiled))
     half = any(x.dtype == torch.float16 for x in inputs)
-    return open_file(path, backend, torch.get_num_threads(), half=half).bind(inputs)
+    session = onnxruntime.open_session(
+        path, device=backend.removeprefix("onnxruntime-"), threads=threads, half=half
+    )
+    return Ready(onnxruntime.bound_call(session, inputs), onnxruntime.conditions(session))
 
 
-def _wall_clock(call: Callable[[], None], repeats: int) -> float:
+def _wall_clock(call: Callable[[], object], repeats: int) -> float:
     return timeit.timeit(call, number=repeats) / repeats
 
 
-def _cuda_clock(place: torch.device, call: Callable[[], None], repeats: int) -> float:
+def _cuda_clock(place: torch.device, call: Callable[[], object], repeats: int) -> float:
     """Time on the card itself; nothing else may still be running there, and the end is waited for."""
     make = cast("Callable[..., torch.cuda.Event]", torch.cuda.Event)
     start, end = make(enable_timing=True), make(enable_timing=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ _ROUNDS_BETWEEN_CHECKS = 5
 
 Times: TypeAlias = npt.NDArray[np.float64]
 # Runs a call so many times and returns the seconds of one.
-Clock: TypeAlias = "Callable[[Callable[[], None], int], float]"
+Clock: TypeAlias = "Callable[[Callable[[], object], int], float]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Contestant:
     """A prepared network and its samples, in seconds per call."""
 
     label: str
-    call: Callable[[], None]
+    call: Callable[[], object]
     repeats: int = 1
     samples: list[float] = field(default_factory=list)
 
@@ -121,6 +121,8 @@ class Samples:
         threads: Intra-operator threads, 0 where that does not apply.
         repeats: For each network, the calls that made a sample.
         seconds: For each network, seconds per call, round by round.
+        conditions: For each network, what its runtime was told, and what it says it does.
+        card: The graphics card's clocks before and after all rounds; None on the CPU.
     """
 
     backend: str
@@ -128,6 +130,8 @@ class Samples:
     threads: int
     repeats: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
+    conditions: tuple[Mapping[str, Any], ...] = ()
+    card: Mapping[str, Any] | None = None
 
 
 def median_interval(

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,14 +22,15 @@ from fxprune.building.file import inputs_of, parse
 from fxprune.errors import OptionError, SourceError
 from fxprune.export import artifact
 from fxprune.reading.read import from_onnx
-from fxprune.shell.arguments import FORMS, MOST_VALUES
+from fxprune.sources.forms import FORMS, MOST_VALUES
 from fxprune.validation import shortened
 
-__all__ = ["image_size", "load_model", "load_weights", "onnx_inputs"]
+__all__ = ["absolute", "image_size", "load_model", "load_weights", "onnx_inputs"]
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINTS = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
+_LIBRARIES = ("timm", "torchvision")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
 
@@ -47,7 +49,7 @@ def load_model(spec: str, shapes: Sequence[Sequence[int]] = ()) -> nn.Module:
         ArtifactError: The `.pt2` file is damaged or unsafe.
     """
     origin, _, name = spec.partition(":")
-    if origin in ("timm", "torchvision"):
+    if origin in _LIBRARIES:
         return _library_model(origin, name).eval()
     path, colon, factory = spec.rpartition(":")
     if colon and path.endswith(".py"):
@@ -94,6 +96,11 @@ def image_size(spec: str, size: int | None) -> tuple[int, int]:
     if size is not None and (height, width) != (size, size):
         raise OptionError(f"{spec} takes images of {height} x {width} pixels only: leave out --size {size}")
     return height, width
+
+
+def absolute(spec: str) -> str:
+    """What names the same network from within any other folder."""
+    return spec if spec.partition(":")[0] in _LIBRARIES else os.path.abspath(spec)
 
 
 def _library_model(library: str, name: str) -> nn.Module:
