@@ -40,6 +40,7 @@ _SECONDS, _OFFLINE_SAMPLES = 600, 24_576
 _DETAIL = "mlperf_log_detail.txt"
 _LOG = ":::MLLOG "
 _TRIED = 5
+_MOST_QUERIES = 1_000_000  # each takes more than a kilobyte
 
 
 def require_loadgen() -> None:
@@ -175,10 +176,11 @@ def _load(folder: Path, question: dict[str, Any], call: Callable[[], None], once
     settings = loadgen.TestSettings()
     settings.scenario = getattr(loadgen.TestScenario, question["scenario"])
     settings.mode = loadgen.TestMode.PerformanceOnly
-    settings.min_duration_ms = round(1e3 * question["seconds"])
-    # from these it makes up its queries beforehand, and too few would end the run early
-    settings.single_stream_expected_latency_ns = max(1, round(1e9 * once / 2))
-    settings.offline_expected_qps = 1.5 * batch / once
+    seconds = question["seconds"]
+    settings.min_duration_ms = round(1e3 * seconds)
+    # from these it makes up its queries beforehand: too few end the run early, which it then finds invalid
+    settings.single_stream_expected_latency_ns = round(1e9 * max(once / 2, seconds / _MOST_QUERIES))
+    settings.offline_expected_qps = min(1.5 * batch / once, _MOST_QUERIES / seconds)
     log = loadgen.LogSettings()
     log.log_output.outdir = question["folder"]
     log.log_output.copy_summary_to_stdout = False
