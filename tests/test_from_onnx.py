@@ -257,6 +257,16 @@ def test_a_constant_may_be_called_as_a_module_is(first: bool, tmp_path: Path) ->
     assert sum(node.op == "call_module" for node in fxprune.from_onnx(file).graph.nodes) == 1
 
 
+def test_weights_may_lie_inside_what_is_called_by_the_path_above_them(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "attention.weight"], ["a"]),
+        helper.make_node("Conv", ["a", "attention.out.weight"], ["y"]),
+    ]
+    weights = {name: noise(4, 4, 1, 1) for name in ("attention.weight", "attention.out.weight")}
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, weights))
+    assert set(graph.state_dict()) == {"attention.weight", "attention_out.weight"}
+
+
 def test_a_free_width_of_something_else_than_images_has_to_be_given(tmp_path: Path) -> None:
     file = write(tmp_path / "net.onnx", *one("Relu"), shape=("batch", 4, "length"))
     with pytest.raises(OptionError, match="give input_shapes"):

@@ -250,6 +250,10 @@ class Builder:
     def _free(self, path: str) -> str:
         """The path, or one like it, at which no constant stands, and at and above which no module that is called."""
         called = set(self._called.values())
+        for above in sorted(called, key=len):  # what is called holds no other modules: they move beside it
+            if path.startswith(f"{above}."):
+                path = f"{above}_{path.removeprefix(above)[1:].replace('.', '_')}"
+                break
         names = (path, *(f"{path}_{i}" for i in range(1, len(called) + len(self._placed) + 2)))
         free = (p for p in names if p not in self._placed)
         return next(p for p in free if not any(_within(p, c) or _within(c, p) for c in called))
