@@ -79,8 +79,8 @@ def compress(
         model: The network, a traced graph of it, or an exported program; it is not changed.
         loader: The calibration images: a tensor `[N, C, H, W]`, a dataset, a data loader or any iterable of batches.
         k: How many regions to cut; alternatively give `target_speedup`, `target_latency_ms`, `regions` or `plan`.
-        submodule: Path of the part to compress, of a model that cannot be traced as a whole. With `backend="torch"`
-            latencies, and a target, are those of the whole model on its own batches, and the report has both.
+        submodule: Path of the part to compress, of a model that cannot be traced as a whole. With a backend of
+            torch latencies, and a target, are those of the whole model on its own batches, and the report has both.
         evaluate: Called with a copy of the original, before any long work, and of the compressed network; returns a
             number, such as an accuracy. The report holds both.
         **settings: Fields of `fxprune.options.Options`, which tells what each means and what it is by default.

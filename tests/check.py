@@ -31,7 +31,7 @@ CHECKS = {
     "mypy": ("-m", "mypy"),
     "lint-imports": ("-c", LINT_IMPORTS, "--no-logo"),
 }
-MOST_PROCESSES = 8  # each takes up to three gigabytes
+MOST_PROCESSES = 8  # each takes gigabytes of memory
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 

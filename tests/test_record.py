@@ -154,7 +154,7 @@ def test_queries_are_answered_in_batches_and_the_rate_is_told(
         QuerySamplesComplete = staticmethod(answered.extend)
 
         @staticmethod
-        def StartTestWithLogSettings(issue: Any, library: Any, settings: Any, log: Any) -> None:  # noqa: N802
+        def StartTestWithLogSettings(issue: Any, library: Any, settings: Any, log: Any) -> None:  # noqa: N802  # LoadGen's name
             told.update(vars(settings), outdir=log.log_output.outdir)
             issue([type("Query", (), {"id": number})() for number in range(7)])
 

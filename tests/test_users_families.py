@@ -52,16 +52,19 @@ def assert_same_answers(one: nn.Module, other: nn.Module, *args: Any, **kwargs: 
     assert shapes(found) == shapes(wanted)
 
 
+BACKBONE: dict[str, Any] = {
+    "embedding_size": 8,
+    "layer_type": "basic",
+    "hidden_sizes": [8, 16],
+    "depths": [2, 2],
+    "out_features": ["stage1", "stage2"],
+}
+
+
 def _backbone() -> Any:
     from transformers import ResNetConfig
 
-    return ResNetConfig(
-        embedding_size=8,
-        layer_type="basic",
-        hidden_sizes=[8, 16],
-        depths=[2, 2],
-        out_features=["stage1", "stage2"],
-    )
+    return ResNetConfig(**BACKBONE)
 
 
 def _detr() -> nn.Module:
@@ -88,14 +91,7 @@ def _detr() -> nn.Module:
 def _rt_detr() -> nn.Module:
     from transformers import RTDetrResNetBackbone, RTDetrResNetConfig
 
-    config = RTDetrResNetConfig(
-        embedding_size=8,
-        layer_type="basic",
-        hidden_sizes=[8, 16],
-        depths=[2, 2],
-        out_features=["stage1", "stage2"],
-    )
-    return RTDetrResNetBackbone(config)
+    return RTDetrResNetBackbone(RTDetrResNetConfig(**BACKBONE))
 
 
 def _auto_backbone() -> nn.Module:

@@ -119,8 +119,9 @@ def test_a_model_that_takes_no_other_number_of_images_is_told_how(model: Detecto
     assert compressed(Two(3), [images(2)] * 3, latency_batch=2).latency.before.batch_shape[0] == 2
 
 
-def test_latencies_are_those_of_the_whole_and_the_report_has_both(model: Detector) -> None:
-    report = compressed(model, [(list(images(4)), [{}] * 4)] * 3, latency_batch=2)
+@pytest.mark.parametrize("backend", ["torch", "torch-channels-last"])
+def test_latencies_are_those_of_the_whole_and_the_report_has_both(model: Detector, backend: str) -> None:
+    report = compressed(model, [(list(images(4)), [{}] * 4)] * 3, latency_batch=2, backend=backend)
     assert report.part_latency is not None
     size = sum(p.numel() for p in model.parameters())
     body = sum(p.numel() for p in model.body.parameters())

@@ -244,7 +244,7 @@ def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, An
     )
     assert options.latency_batch is not None and options.device is not None  # filled in by `open_job`
     whole = None
-    if options.backend == "torch":  # other runtimes would need the model as a file, and few have one
+    if runs_modules(options.backend):  # other runtimes would need the model as a file, and few have one
         whole = whole_around(model, path, captured, options.latency_batch, options.device)
     return captured.images, inner(model.get_submodule(path)), whole
 
