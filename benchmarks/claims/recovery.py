@@ -27,6 +27,7 @@ from fxprune.calibration.batches import CalibrationSet
 from fxprune.errors import OptionError
 from fxprune.graph.call import Inputs
 from fxprune.graph.regions import Region
+from fxprune.memory import memory_kept
 from fxprune.options import RECIPES, FitSettings, Recipe
 from fxprune.pipeline.job import Job
 from fxprune.pipeline.stages import repair
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{', '.join(unknown)}: models are {', '.join(REGIONS)}, variants {', '.join(VARIANTS)}"
         )
     recipes = {name: _shortened(VARIANTS[name](), arguments.iterations) for name in arguments.variants}
-    with using_threads(arguments.threads):
+    with using_threads(arguments.threads), memory_kept():
         settings = options.settings_of(arguments, basis=("random", "device", "seed")) | {
             "regions": {name: arguments.regions or REGIONS[name] for name in arguments.models},
             "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},

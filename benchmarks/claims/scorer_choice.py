@@ -19,6 +19,7 @@ from benchmarks.common.result_file import read_result
 from benchmarks.common.tables import ACCURACY, mean_and_spread, print_rows
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
+from fxprune.memory import memory_kept
 from fxprune.processes.threads import using_threads
 
 __all__ = ["main"]
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     scored = _scored(arguments)
     recipe = options.shortened("fast", arguments.iterations, arguments.iterations)
-    with using_threads(arguments.threads):
+    with using_threads(arguments.threads), memory_kept():
         settings = options.settings_of(arguments, recipes=(recipe,)) | {"scored": scored}
         kept = options.result_file(arguments, f"scorer_choice_{arguments.model}", settings)
         test = None if arguments.random else networks.test_images(arguments.model, arguments.data)

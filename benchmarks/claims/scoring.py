@@ -31,6 +31,7 @@ from benchmarks.common.tables import print_rows
 from benchmarks.judges.published_losses import losses_side_by_side
 from fxprune.errors import OptionError
 from fxprune.graph.regions import Region
+from fxprune.memory import memory_kept
 from fxprune.options import RECIPES, FitSettings
 from fxprune.pipeline.job import Job
 from fxprune.processes.threads import using_threads
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     trained = MODELS[arguments.model].weights is not None and not arguments.random
-    with using_threads(arguments.threads):
+    with using_threads(arguments.threads), memory_kept():
         settings = options.settings_of(arguments) | {"trained": trained}
         kept = options.result_file(arguments, f"scoring_{arguments.model}_{arguments.images}", settings)
         job = jobs.job_for(arguments, arguments.seed)

@@ -16,6 +16,9 @@ from fxprune.graph.call import Inputs, is_batched
 
 __all__ = ["CalibrationSet", "check_positive"]
 
+_MOST_PIXELS = 2**20
+"""Of the images that a network answers at once."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CalibrationSet:
@@ -48,12 +51,13 @@ class CalibrationSet:
         return self._narrow(0, n)
 
     def batches(self, batch_size: int) -> Iterator[Inputs]:
-        """Every image once, in order; the last batch may be smaller.
+        """Every image once, in order; the last batch may be smaller, and all are where the images are large.
 
         Raises:
             OptionError: `batch_size` is below 1.
         """
         check_positive("batch_size", batch_size)
+        batch_size = min(batch_size, max(1, _MOST_PIXELS // self.pixels))
         for start in range(0, self.size, batch_size):
             yield self._narrow(start, start + batch_size)
 

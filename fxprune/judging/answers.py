@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import CalibrationSet
+from fxprune.graph.call import Inputs
 
 __all__ = ["Answers", "Change", "alike", "answers", "changes", "class_scores", "entropy"]
 
@@ -58,15 +59,15 @@ def class_scores(output: Any) -> Tensor | None:
 @torch.no_grad()
 def answers(network: nn.Module, images: CalibrationSet, device: str) -> Answers | None:
     """The class that a network gives each image; None where its outputs are not class scores."""
-    named: list[Tensor] = []
-    for batch in images.batches(64):
+
+    def scores_of(batch: Inputs) -> Tensor | None:
         inputs = batch.to(device)
-        scores = class_scores(network(*inputs.args, **inputs.kwargs))
-        if scores is None:
-            return None
-        named.append(scores.argmax(1).cpu())
-        classes = scores.shape[1]
-    return Answers(torch.cat(named), classes)
+        return class_scores(network(*inputs.args, **inputs.kwargs))
+
+    if scores_of(images.example(2)) is None:  # which few images tell soonest
+        return None
+    scores = [scores.cpu() for scores in map(scores_of, images.batches(64)) if scores is not None]
+    return Answers(torch.cat(scores).argmax(1), scores[0].shape[1])
 
 
 def changes(

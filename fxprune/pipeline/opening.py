@@ -37,7 +37,7 @@ from fxprune.graph.regions import Discovery, Reason, Rejection
 from fxprune.graph.shapes import propagate_shapes
 from fxprune.judging.answers import alike, answers, entropy
 from fxprune.judging.judge import Evaluate, Judge
-from fxprune.memory import memory_explained
+from fxprune.memory import memory_explained, memory_kept
 from fxprune.options import FrontEnd, Options
 from fxprune.passes import Prepare
 from fxprune.pipeline.job import Job, StageTimes
@@ -94,7 +94,7 @@ def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | Non
     if not runs_modules(options.backend):
         device_of(options.backend)  # one that is missing is said before any work
     options = options.filled(_device(options.device, model), options.threads or default_threads())
-    with using_threads(options.threads), _plain_torch(), memory_explained():
+    with using_threads(options.threads), _plain_torch(), memory_explained(), memory_kept():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
         with _locked(folder):
             yield make_job(model, loader, options, folder, evaluate)

@@ -26,6 +26,8 @@ _SCALED_BY = 16
 
 _KEPT_AT_ONCE = 32
 """Images in one call when shared values are kept."""
+_JUDGED_AT_ONCE = 64
+"""The same when both networks are compared without a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,33 @@ class Comparison:
 
     def error(self, images: CalibrationSet, device: str) -> float:
         """Mean squared error of the first group over all images, without augmentation."""
+        return self.judge(images, device, 0)()
 
-        def first(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            got, wanted = self._features(inputs)
-            return next(self._grouped(got)), next(self._grouped(wanted))
+    def judge(self, images: CalibrationSet, device: str, budget: int) -> Callable[[], float]:
+        """Tells that error whenever it is called; the teacher answers once, where that needs at most `budget` bytes."""
+        kept = self._answers(images, device, budget)
 
-        return mean_error(first, images, device)
+        def error() -> float:
+            answers = iter(kept or ())
+
+            def features(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+                wanted = [t.to(device) for t in next(answers)] if kept else self._first(self.teacher, inputs)
+                return self._first(self.student, inputs), wanted
+
+            return mean_error(features, images, device, _JUDGED_AT_ONCE)
+
+        return error
+
+    @torch.no_grad()
+    def _answers(self, images: CalibrationSet, device: str, budget: int) -> list[Sequence[Tensor]] | None:
+        example = self._first(self.teacher, images.example().to(device))
+        if sum(t.nbytes for t in example) * images.size > budget:
+            return None
+        batches = images.batches(_JUDGED_AT_ONCE)
+        return [[t.cpu() for t in self._first(self.teacher, batch.to(device))] for batch in batches]
+
+    def _first(self, network: fx.GraphModule, inputs: Inputs) -> Sequence[Tensor]:
+        return next(self._grouped(network(*self.shared(inputs))))
 
     def _features(self, inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         with torch.no_grad():

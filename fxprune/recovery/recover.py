@@ -141,7 +141,7 @@ def recover(
             parameters,
             replace(original, images=images),
             fit,
-            lambda: whole.error(judges, original.device),
+            whole.judge(judges, original.device, cache_bytes // 4),
             title=title,
             progress=progress,
         )
@@ -181,7 +181,8 @@ def _kept(
     comparison: Comparison, sets: Sequence[CalibrationSet], device: str, budget: int
 ) -> list[CalibrationSet] | None:
     """The values that both networks share for each of some sets of images; None where they cannot all be kept."""
-    # a quarter for each: the fitted and the held-back ones are there by themselves, and joined for the last steps
+    # a quarter for each: the fitted and the held-back ones are there by themselves, and joined for the last steps; the
+    # fourth is for what the original answers to those that judge
     kept = [comparison.keep(images, device, budget // 4) for images in sets]
     found = [one for one in kept if one is not None]
     return found if len(found) == len(sets) else None

@@ -27,6 +27,7 @@ from fxprune.backends import BACKENDS, runs_modules
 from fxprune.errors import DeviceError, ExportError, MeasurementError, OptionError
 from fxprune.export.onnx_file import export_onnx
 from fxprune.measurements import Latency, LatencyComparison
+from fxprune.memory import memory_returned
 from fxprune.processes.threads import using_threads
 from fxprune.progress import progress
 from fxprune.runtimes import onnxruntime, openvino
@@ -111,7 +112,7 @@ def take_samples(
     if not inputs:
         raise OptionError("compare() needs the input tensors of one call, none were given")
     gc.collect()
-    with using_threads(settings.threads), collector_paused(), torch.inference_mode():
+    with using_threads(settings.threads), collector_paused(), memory_returned(), torch.inference_mode():
         contestants, conditions = [], []
         for label, subject in zip(labels(subjects), subjects, strict=True):
             named, ready = prepare(subject, label, inputs, backend, place)
