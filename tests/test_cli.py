@@ -35,6 +35,7 @@ from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.measuring import fresh
 from fxprune.reports import tables
+from fxprune.reports.call import SHELL_COMMAND
 from fxprune.shell import arguments, cli, images
 from fxprune.sources import networks
 from fxprune.timing.rounds import Samples
@@ -348,6 +349,15 @@ def test_compress_hands_everything_on_and_writes_all(traced, replace, photos, tm
     assert report.args == (small,)
     assert list(out.iterdir()) == []  # fxprune.compress writes everything itself
     assert capsys.readouterr().out == "two regions were cut\n"
+
+
+def test_what_was_typed_is_known_while_it_runs(traced, monkeypatch, replace, photos) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(fxprune, "compress", lambda *_, **__: seen.append(SHELL_COMMAND.get()))
+    replace("report", Report())
+    assert cli.main(["compress", "m", "--k", "1", "--data", str(photos), "--size", "8", "--tap", "a b"]) == 0
+    assert seen == [f"fxprune compress m --k 1 --data {photos} --size 8 --tap 'a b'"]
+    assert SHELL_COMMAND.get() is None
 
 
 def test_compress_json_without_out_writes_nothing(traced, replace, photos, tmp_path, capsys) -> None:

@@ -17,7 +17,7 @@ import fxprune
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.options import Options
 from fxprune.records import plain
-from fxprune.reports.call import call_of
+from fxprune.reports.call import SHELL_COMMAND, call_of
 from fxprune.reports.compression import CompressionReport
 from fxprune.reports.layout import layout
 from fxprune.reports.page import page
@@ -307,6 +307,17 @@ def test_the_call_asks_for_the_same_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not asked.keys() & {"progress", "images", "out", "target_speedup", "onnx"}
     assert "recipe='practise'" in call_of({**settings, "recipe": _recipe("practise")}, evaluated=False)
     assert "recipe" not in call_of({**settings, "recipe": _recipe("fast")}, evaluated=False)
+
+
+def test_what_was_typed_repeats_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    typed = "fxprune compress net.py:build --data images --k 1"
+    token = SHELL_COMMAND.set(typed)
+    try:
+        compressed(monkeypatch, k=1, latency_batch=3, out=tmp_path)
+    finally:
+        SHELL_COMMAND.reset(token)
+    assert f"<code>{typed}</code>" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["command"] == typed
 
 
 def _recipe(name: str) -> Any:

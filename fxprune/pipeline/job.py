@@ -15,6 +15,7 @@ from fxprune.judging.judge import Judge, Judgement
 from fxprune.options import Options
 from fxprune.recovery.adaptors import AdaptorFit
 from fxprune.recovery.original import Original
+from fxprune.reports.call import SHELL_COMMAND
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore
 from fxprune.submodules.whole import Whole
@@ -91,4 +92,6 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What was asked for and found, as plain data."""
-        return {**self.options.to_dict(), "tap": list(self.original.tap)}
+        command = SHELL_COMMAND.get()
+        typed = {} if command is None else {"command": command}
+        return {**self.options.to_dict(), "tap": list(self.original.tap), **typed}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["GOMP_SPINCOUNT"] = "1000"
     try:
         args = _parser().parse_args(argv)
+        args.typed = shlex.join(["fxprune", *(sys.argv[1:] if argv is None else argv)])
     except SystemExit as stop:  # argparse exits by itself, with its message printed
         return stop.code if isinstance(stop.code, int) else 2
     if args.quiet:
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with memory_explained(), warnings.catch_warnings():
             if args.quiet:
                 warnings.simplefilter("ignore")
-            args.run(args)
+            contextvars.copy_context().run(args.run, args)  # what it sets there ends with it
     except KeyboardInterrupt:
         print("fxprune: interrupted; files that were written are whole", file=sys.stderr)
         return INTERRUPTED
@@ -186,9 +189,11 @@ def _recover(args: argparse.Namespace) -> None:
     """What `compress` and `sweep` do; a folder that cannot be written is found before anything is read."""
     import fxprune
     from fxprune.files import check_writable
+    from fxprune.reports.call import SHELL_COMMAND
     from fxprune.shell.images import load_images, load_labelled
     from fxprune.sources.networks import image_size
 
+    SHELL_COMMAND.set(args.typed)
     with _together() as talks:
         if args.out is not None:
             check_writable(args.out)
