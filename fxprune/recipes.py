@@ -172,7 +172,7 @@ RECIPES: dict[str, Recipe] = {
             schedule="cosine",
             warmup=5,
             batch_size=8,
-            dense_pixels=2**17,
+            dense_pixels=2**16,
             augment=False,
         ),
         mimic=FitSettings(
@@ -187,7 +187,7 @@ RECIPES: dict[str, Recipe] = {
             warmup=10,
             batch_size=64,
             max_pixels=2**20,
-            dense_pixels=2**17,
+            dense_pixels=2**16,
             batch_norm="either",
             cutmix=True,
             junctions=True,

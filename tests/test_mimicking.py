@@ -120,7 +120,7 @@ def recovered(
     gm = fxprune.trace(network, pictures[:2], front_end=front_end).requires_grad_(False)
     region = next(one for one in fxprune.discover(gm).regions if label in (None, one.label))
     given = {"iterations": 30, "final_iterations": 0, **settings}
-    mimic = replace(RECIPES["fast"].mimic, batch_size=6, **{"augment": False, **given})
+    mimic = replace(RECIPES["fast"].mimic, **{"batch_size": 6, "augment": False, **given})
     original = Original(gm, find_tap(gm), draw([pictures]))
     return recovery.recover(original, [region], {}, mimic, held_back=held_back, cache_bytes=cache_bytes)
 
@@ -346,18 +346,27 @@ def test_looks_are_spread_over_the_fit_and_see_the_evaluation_mode() -> None:
     assert int(student.get_submodule("stem.1").num_batches_tracked) == 10
 
 
-def pictures() -> Tensor:
-    return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+def pictures(count: int = 12) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_batches_normalise_first_and_running_statistics_where_that_fails() -> None:
-    first = recovered(Normalised().eval(), pictures(), rates=(1e-2,)).mimicking[0].attempts[0]
+    first = (
+        recovered(Normalised().eval(), pictures(40), rates=(1e-2,), batch_size=40).mimicking[0].attempts[0]
+    )
     assert first.batch_norm == "train"
-    useless = recovered(Normalised().eval(), pictures(), optimizer="sgd", rates=(1e7, 1e6)).mimicking[0]
+    far = {"optimizer": "sgd", "rates": (1e7, 1e6), "batch_size": 40}
+    useless = recovered(Normalised().eval(), pictures(40), **far).mimicking[0]
     tried = [(attempt.batch_norm, attempt.learning_rate) for attempt in useless.attempts]
     assert tried == [("train", 1e7), ("eval", 1e7), ("eval", 1e6)]
-    (without,) = recovered(tiny(), images()).mimicking
+    (without,) = recovered(tiny(), images(40), batch_size=40).mimicking
     assert without.attempts[0].batch_norm == "eval"
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(31, 64), (40, 31)])
+def test_few_images_in_a_step_are_not_normalised_by(count: int, batch_size: int) -> None:
+    (fit,) = recovered(Normalised().eval(), pictures(count), rates=(1e-2,), batch_size=batch_size).mimicking
+    assert [attempt.batch_norm for attempt in fit.attempts] == ["eval"]
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "eval"])

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 ON_ALL = "on all images"
 """What a fit says of itself that takes in the images that were held back."""
 
+_ENOUGH_TO_NORMALISE = 32
+"""Images in a step from which on normalising by them is tried: those of 20 did harm, those of 40 helped."""
+
 _AWAY = 1.25
 """Where the error at the first look is more than so many times that at the start, a smaller rate is tried instead."""
 
@@ -139,7 +142,8 @@ def mimic(
             f"the feature error in front of mimicking is {start}: the images or the weights are out of range"
         )
     attempts: list[Attempt] = []
-    to_try = _to_try(settings, bool(adaptable_norms(comparison.student)))
+    normalised = min(settings.batch_size, original.images.size) >= _ENOUGH_TO_NORMALISE
+    to_try = _to_try(settings, normalised and bool(adaptable_norms(comparison.student)))
     looks: list[tuple[int, float]] = []
 
     def look(step: int) -> None:
