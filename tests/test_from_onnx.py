@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ OPERATORS: dict[str, tuple[list[onnx.NodeProto], Weights]] = {
                    coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
     "linear": one("Resize", {"": noise(0), "s": np.float32([1, 1, 2, 2])}, mode="linear"),
     "matmul": one("MatMul", {"w": noise(6, 5)}),
+    "logic with a constant": (
+        [
+            helper.make_node("Greater", ["x", "zero"], ["more"]),
+            helper.make_node("And", ["more", "all"], ["both"]),
+            helper.make_node("Cast", ["both"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {"zero": np.float32(0).reshape(()), "all": np.array(True)},
+    ),
     "power": one("Pow", {"p": np.float32(2).reshape(())}),
     "expand to a computed shape": (
         [
@@ -172,6 +181,33 @@ def test_names_of_the_file_are_kept(tmp_path: Path) -> None:
     graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {}, outputs=("scores:0",)))
     record = fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.randn(2, 4, 6, 6))
     assert (record.inputs, record.outputs) == (("x",), ("scores:0",))
+
+
+def test_a_graph_with_numbers_in_first_place_is_written_again(tmp_path: Path) -> None:
+    chain = ["x", "exp", "sum", "quotient", "product", "y"]
+    nodes = [helper.make_node("Exp", chain[:1], chain[1:2])]
+    for kind, given, made in zip(("Add", "Div", "Mul", "Sub"), chain[1:-1], chain[2:], strict=True):
+        nodes.append(helper.make_node(kind, ["two", given], [made]))
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {"two": np.float32(2).reshape(())}))
+    fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.from_numpy(noise(2, 4, 6, 6)))
+    x = noise(7, 4, 6, 6)
+    (again,) = ort.InferenceSession(tmp_path / "again.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(again, 2 - 2 * (2 / (2 + np.exp(x))), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_logs_no_traceback_of_what_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    sizes = ("batch", 4, "height", "width")
+    with pytest.raises(SourceError, match="Add"):
+        fxprune.from_onnx(write(tmp_path / "net.onnx", *one("Add", {"w": noise(6, 6)}), shape=sizes))
+    assert not caplog.records
+    log.error("of another's tensors", exc_info=ValueError("theirs"))
+    assert [record.message for record in caplog.records if record.name == log.name] == [
+        "of another's tensors"
+    ]
 
 
 def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that_is_given(
