@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import fxprune
 from fxprune.errors import OptionError, SourceError
+from fxprune.reading import read
 from tests.tiny import BLOCKS, images, tiny
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -210,6 +211,15 @@ def test_torch_logs_no_traceback_of_what_is_refused(
     ]
 
 
+def test_a_wrong_reading_is_seen_in_small_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Abs", ["x"], ["a"]), helper.make_node("Mul", ["a", "small"], ["y"])]
+    file = write(tmp_path / "net.onnx", nodes, {"small": np.float32(2e-4).reshape(())})
+    fxprune.from_onnx(file)
+    monkeypatch.setitem(read._READERS, "Abs", lambda b, op: op.need(0))
+    with pytest.raises(SourceError, match="y is off by"):
+        fxprune.from_onnx(file)
+
+
 def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that_is_given(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,6 +231,16 @@ def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that
     graph = fxprune.from_onnx(file, input_shapes=[(1, 4, 6, 6)])
     assert graph(torch.ones(5, 4, 6, 6)).shape == (5, 4, 6, 6)
     assert "takes (4, 6, 6) alone" in caplog.text
+
+
+def test_sizes_that_the_file_itself_cannot_take_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = ("batch", 4, "height", "width")
+    file = write(tmp_path / "net.onnx", *one("Add", {"w": noise(6, 6)}), shape=shape)
+    with pytest.raises(SourceError, match=r"inputs of \(2, 4, 5, 5\).* give input_shapes that it takes"):
+        fxprune.from_onnx(file, input_shapes=[(1, 4, 5, 5)])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_everything_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
