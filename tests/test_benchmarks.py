@@ -396,7 +396,10 @@ def test_user_models_compresses_a_part_of_a_network_that_no_tracer_takes(
 def test_onnx_files_are_read_cut_and_written_again(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_files, "NETWORKS", {"tiny": (partial(resnet, 14), 16)})
+    build = partial(resnet, 14), 16
+    monkeypatch.setattr(onnx_files, "NETWORKS", {"tiny": build, "other": build})
+    monkeypatch.setattr(onnx_files, "_IN_ALL_WAYS", ("tiny",))
+    assert onnx_files._work(["other"], None, 0).keys() == {f"other, {onnx_files.WAYS[1]}"}
     onnx_files.main(["--only", "tiny"])
     rows = read(results, "onnx_files")["entries"]
     assert rows.keys() == {f"tiny, {way}" for way in onnx_files.WAYS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import fxprune
 from fxprune.errors import OptionError, SourceError
+from fxprune.reading import read
 from tests.tiny import BLOCKS, images, tiny
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -89,6 +91,14 @@ OPERATORS: dict[str, tuple[list[onnx.NodeProto], Weights]] = {
                    coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
     "linear": one("Resize", {"": noise(0), "s": np.float32([1, 1, 2, 2])}, mode="linear"),
     "matmul": one("MatMul", {"w": noise(6, 5)}),
+    "logic with a constant": (
+        [
+            helper.make_node("Greater", ["x", "zero"], ["more"]),
+            helper.make_node("And", ["more", "all"], ["both"]),
+            helper.make_node("Cast", ["both"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {"zero": np.float32(0).reshape(()), "all": np.array(True)},
+    ),
     "power": one("Pow", {"p": np.float32(2).reshape(())}),
     "expand to a computed shape": (
         [
@@ -174,6 +184,42 @@ def test_names_of_the_file_are_kept(tmp_path: Path) -> None:
     assert (record.inputs, record.outputs) == (("x",), ("scores:0",))
 
 
+def test_a_graph_with_numbers_in_first_place_is_written_again(tmp_path: Path) -> None:
+    chain = ["x", "exp", "sum", "quotient", "product", "y"]
+    nodes = [helper.make_node("Exp", chain[:1], chain[1:2])]
+    for kind, given, made in zip(("Add", "Div", "Mul", "Sub"), chain[1:-1], chain[2:], strict=True):
+        nodes.append(helper.make_node(kind, ["two", given], [made]))
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, {"two": np.float32(2).reshape(())}))
+    fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.from_numpy(noise(2, 4, 6, 6)))
+    x = noise(7, 4, 6, 6)
+    (again,) = ort.InferenceSession(tmp_path / "again.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(again, 2 - 2 * (2 / (2 + np.exp(x))), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_logs_no_traceback_of_what_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    sizes = ("batch", 4, "height", "width")
+    with pytest.raises(SourceError, match="Add"):
+        fxprune.from_onnx(write(tmp_path / "net.onnx", *one("Add", {"w": noise(6, 6)}), shape=sizes))
+    assert not caplog.records
+    log.error("of another's tensors", exc_info=ValueError("theirs"))
+    assert [record.message for record in caplog.records if record.name == log.name] == [
+        "of another's tensors"
+    ]
+
+
+def test_a_wrong_reading_is_seen_in_small_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Abs", ["x"], ["a"]), helper.make_node("Mul", ["a", "small"], ["y"])]
+    file = write(tmp_path / "net.onnx", nodes, {"small": np.float32(2e-4).reshape(())})
+    fxprune.from_onnx(file)
+    monkeypatch.setitem(read._READERS, "Abs", lambda b, op: op.need(0))
+    with pytest.raises(SourceError, match="y is off by"):
+        fxprune.from_onnx(file)
+
+
 def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that_is_given(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -185,6 +231,16 @@ def test_a_file_that_leaves_free_what_it_cannot_change_is_read_for_the_size_that
     graph = fxprune.from_onnx(file, input_shapes=[(1, 4, 6, 6)])
     assert graph(torch.ones(5, 4, 6, 6)).shape == (5, 4, 6, 6)
     assert "takes (4, 6, 6) alone" in caplog.text
+
+
+def test_sizes_that_the_file_itself_cannot_take_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = ("batch", 4, "height", "width")
+    file = write(tmp_path / "net.onnx", *one("Add", {"w": noise(6, 6)}), shape=shape)
+    with pytest.raises(SourceError, match=r"inputs of \(2, 4, 5, 5\).* give input_shapes that it takes"):
+        fxprune.from_onnx(file, input_shapes=[(1, 4, 5, 5)])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_everything_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from fxprune.export.parity import BATCH_SIZES
 from fxprune.export.running import tensors_of
 from fxprune.runtimes import onnxruntime
 
-__all__ = ["Trials", "compare", "open_file", "trials_of"]
+__all__ = ["Trials", "answers", "compare", "open_file", "trials_of"]
 
 _SIZE = 224
 """Height and width that a file is tried with where it leaves them free."""
-_TOLERANCE = 1e-3
+_TOLERANCE, _TOLERANCE_HALF = 1e-4, 5e-3
+"""Of an output's largest value, or of `_LEAST`: a thousand classes that are all as likely have no more."""
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +110,35 @@ def open_file(file: OnnxFile) -> Any:
         raise SourceError(str(error)) from error
 
 
+def answers(session: Any, file: OnnxFile, shapes: Trials, size: int) -> tuple[list[Tensor], list[Any]]:
+    """Noise of a batch size, and what the file makes of it: a list for each of the batches that it takes.
+
+    Raises:
+        SourceError: It does not run on it.
+    """
+    inputs = [
+        _noise((size, *shape[1:]), entry.dtype, seed=size)
+        for entry, shape in zip(file.inputs, shapes.first, strict=True)
+    ]
+    parts = zip(*(torch.split(x, shapes.batch or size) for x in inputs), strict=True)
+    try:
+        return inputs, [onnxruntime.run(session, part) for part in parts]
+    except FxpruneError as error:
+        sizes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        free = any(None in entry.shape[1:] for entry in file.inputs)
+        more = ", or give input_shapes that it takes" if free else ""
+        raise unreadable(
+            file.path,
+            f"onnxruntime cannot run it on inputs of {sizes} ({innermost(error)}). Export the network again, for any "
+            f"batch size{more}",
+        ) from error
+
+
 @torch.no_grad()
 def compare(gm: fx.GraphModule, session: Any, file: OnnxFile, shapes: Trials) -> None:
     """Runs graph and file on the same noise at several batch sizes; a file for one batch size sees it part by part."""
     for size in (shapes.batch, 3 * shapes.batch) if shapes.batch else BATCH_SIZES:
-        inputs = [
-            _noise((size, *shape[1:]), entry.dtype, seed=size)
-            for entry, shape in zip(file.inputs, shapes.first, strict=True)
-        ]
-        parts = zip(*(torch.split(x, shapes.batch or size) for x in inputs), strict=True)
-        try:
-            expected = [onnxruntime.run(session, part) for part in parts]
-        except FxpruneError as error:
-            raise unreadable(
-                file.path, f"it does not run on a batch of {size} ({innermost(error)})"
-            ) from error
+        inputs, expected = answers(session, file, shapes, size)
         try:
             found = [x.numpy() for x in tensors_of(gm(*inputs))]
         except Exception as error:  # the graph was built with other sizes, and without values
@@ -136,10 +152,11 @@ def _require_equal(file: OnnxFile, size: int, name: str, mine: Any, theirs: Sequ
     wanted = np.concatenate(theirs, axis=longer) if len(theirs) > 1 else theirs[0]
     if mine.shape != wanted.shape:
         raise _differs(file, size, f"{name} has the shape {mine.shape} instead of {wanted.shape}")
+    tolerance = _TOLERANCE_HALF if mine.dtype == np.float16 else _TOLERANCE
     wanted, mine = wanted.astype(np.float64), mine.astype(np.float64)
-    scale = max(1.0, float(np.abs(wanted).max(initial=0.0)))
+    scale = max(_LEAST, float(np.abs(wanted).max(initial=0.0)))
     worst = float(np.abs(mine - wanted).max(initial=0.0)) / scale
-    if not worst <= _TOLERANCE:
+    if not worst <= tolerance:
         raise _differs(file, size, f"{name} is off by {worst:.3g} of its largest value")
 
 

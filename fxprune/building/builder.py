@@ -5,8 +5,10 @@ What is the same for both is a constant of the network; what differs follows the
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -142,7 +144,7 @@ class Builder:
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
         """A function or, by name, a method; of constants alone it is computed at once."""
         if not _nodes_in((args, kwargs)):
-            with self._mode:
+            with self._trying():
                 _require_small(_run(target, args, kwargs))
             with torch.no_grad():
                 return _run(target, args, kwargs)
@@ -228,13 +230,24 @@ class Builder:
         tried = []
         for place in (0, 1):
             given = fx.node.map_arg((args, kwargs), self._trial(place))
-            with self._mode, torch.no_grad():
+            with self._trying():
                 tried.append(run(*given))
         node = self.graph.create_node(kind, target, args, kwargs)
         self._probes[node] = tried[0], tried[1]
         if self.scope:
             node.meta["nn_module_stack"] = {self.scope: (self.scope, nn.Module)}
         return node
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """On fake tensors, and without the traceback that torch logs of what fails: it is refused in words."""
+        log = logging.getLogger(FakeTensorMode.__module__)
+        log.addFilter(_no_traceback)
+        try:
+            with self._mode, torch.no_grad():
+                yield
+        finally:
+            log.removeFilter(_no_traceback)
 
     def _trial(self, place: int) -> Callable[[fx.Node], Any]:
         return lambda node: self._probes[node][place]
@@ -257,6 +270,10 @@ class Builder:
         names = (path, *(f"{path}_{i}" for i in range(1, len(called) + len(self._placed) + 2)))
         free = (p for p in names if p not in self._placed)
         return next(p for p in free if not any(_within(p, c) or _within(c, p) for c in called))
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 def _within(path: str, other: str) -> bool:

@@ -30,8 +30,12 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "Softsign": functional.softsign, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
 }  # fmt: skip
 _BINARY: dict[str, Callable[..., Any]] = {
-    "And": torch.logical_and, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
-    "Less": torch.lt, "LessOrEqual": torch.le, "Or": torch.logical_or, "Sub": torch.sub, "Xor": torch.logical_xor,
+    "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Less": torch.lt, "LessOrEqual": torch.le,
+    "Sub": torch.sub,
+}  # fmt: skip
+_JOINS: dict[str, Callable[..., Any]] = {
+    "And": torch.logical_and, "Max": torch.maximum, "Min": torch.minimum, "Or": torch.logical_or, "Sum": torch.add,
+    "Xor": torch.logical_xor,
 }  # fmt: skip
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceMax": torch.amax, "ReduceMean": torch.mean, "ReduceMin": torch.amin, "ReduceSum": torch.sum,
@@ -52,9 +56,12 @@ def _operand(b: Builder, value: Value, other: Value) -> Any:
     return value
 
 
-def _pair(b: Builder, op: Operation) -> tuple[Any, Any]:
+def _pair(b: Builder, op: Operation, *, ordered: bool = True) -> tuple[Any, Any]:
+    """Both operands. Only the second is ever a number: torch takes others, which its exporter then cannot write."""
     x, y = op.need(0), op.need(1)
-    return _operand(b, x, y), _operand(b, y, x)
+    if not ordered and isinstance(x, Tensor):
+        x, y = y, x
+    return x, _operand(b, y, x)
 
 
 def _unary(function: Callable[..., Any], b: Builder, op: Operation) -> Any:
@@ -62,10 +69,7 @@ def _unary(function: Callable[..., Any], b: Builder, op: Operation) -> Any:
 
 
 def _binary(function: Callable[..., Any], b: Builder, op: Operation) -> Any:
-    x, y = _pair(b, op)
-    if not isinstance(x, (fx.Node, Tensor)):
-        x = op.need(0)  # not all of these take a number first
-    return b.call(function, x, y)
+    return b.call(function, *_pair(b, op))
 
 
 def _add(b: Builder, op: Operation) -> Any:
@@ -73,14 +77,14 @@ def _add(b: Builder, op: Operation) -> Any:
         absorbed = with_bias(b, op.need(place), op.need(1 - place), op.alone[place])
         if absorbed is not None:
             return absorbed
-    return b.call(torch.add, *_pair(b, op))
+    return b.call(torch.add, *_pair(b, op, ordered=False))
 
 
 def _mul(b: Builder, op: Operation) -> Any:
     weighted = with_weight(b, op)
     if weighted is not None:
         return weighted
-    x, y = _pair(b, op)
+    x, y = _pair(b, op, ordered=False)
     product = activation(b, [x, y])
     return b.call(torch.mul, x, y) if product is None else product
 
@@ -90,11 +94,11 @@ def _div(b: Builder, op: Operation) -> Any:
     normalised = layer_norm(b, x, y)
     if normalised is not None:
         return normalised
-    whole = not (b.dtype(op.need(0)).is_floating_point or b.dtype(op.need(1)).is_floating_point)
+    whole = not (b.dtype(x).is_floating_point or b.dtype(op.need(1)).is_floating_point)
     if whole:
-        return b.call(torch.div, op.need(0), y, rounding_mode="trunc")
+        return b.call(torch.div, x, y, rounding_mode="trunc")
     product = activation(b, [x], 1 / y) if isinstance(y, float) and y else None
-    return b.call(torch.div, op.need(0) if isinstance(x, float) else x, y) if product is None else product
+    return b.call(torch.div, x, y) if product is None else product
 
 
 def _pow(b: Builder, op: Operation) -> Any:
@@ -249,6 +253,7 @@ def _same(b: Builder, op: Operation) -> Any:
 FUNCTIONS: dict[str, Reader] = {
     **{name: partial(_unary, function) for name, function in _UNARY.items()},
     **{name: partial(_binary, function) for name, function in _BINARY.items()},
+    **{name: partial(_variadic, function) for name, function in _JOINS.items()},
     **dict.fromkeys(
         (*_REDUCTIONS, "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceProd", "ReduceSumSquare"), _reduced
     ),
@@ -271,15 +276,12 @@ FUNCTIONS: dict[str, Reader] = {
     "LeakyRelu": partial(_with_slope, functional.leaky_relu, 0.01),
     "LogSoftmax": partial(_softmax, torch.log_softmax),
     "LpNormalization": _unit,
-    "Max": partial(_variadic, torch.maximum),
     "Mean": _average,
-    "Min": partial(_variadic, torch.minimum),
     "Mod": _mod,
     "Mul": _mul,
     "Pow": _pow,
     "Selu": _selu,
     "Softmax": partial(_softmax, torch.softmax),
-    "Sum": partial(_variadic, torch.add),
     "ThresholdedRelu": _thresholded,
     "TopK": _top,
     "Where": _where,

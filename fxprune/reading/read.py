@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 from torch import fx
 
-from fxprune.building.agreement import Trials, compare, open_file, trials_of
+from fxprune.building.agreement import Trials, answers, compare, open_file, trials_of
 from fxprune.building.builder import Builder, Operation, UnreadableError, Value
 from fxprune.building.file import OnnxFile, attributes_of, load, unreadable
 from fxprune.building.names import path_of, plain_path, scope_of
@@ -57,6 +57,8 @@ def from_onnx(path: str | os.PathLike[str], *, input_shapes: Sequence[Sequence[i
     try:
         gm = _graph(file, shapes)
     except SourceError:
+        # sizes that the file itself cannot take are the plainer reason
+        answers(session, file, shapes, shapes.first[0][0])
         fixed = trials_of(file, input_shapes, fixed=True)
         if not input_shapes or fixed == shapes:
             raise
@@ -144,6 +146,4 @@ def _unread(file: OnnxFile, failures: Mapping[tuple[str, str], Sequence[str]]) -
         else "Export the network again, with a free batch dimension, so that they are not needed"
     )
     named = [name for names in failures.values() for name in names]
-    return unreadable(
-        file.path, f"{len(failures)} kinds of operator stand in the way: {'; '.join(lines)}. {advice}", named
-    )
+    return unreadable(file.path, f"these operators stand in the way: {'; '.join(lines)}. {advice}", named)

@@ -45,8 +45,8 @@ _TOLD = {
 }
 _CUDA_ADVICE = 'install the runtime with its CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]"'
 _TENSORRT_ADVICE = 'pip install "tensorrt-cu13>=10.13,<11"'
-# Errors only: onnxruntime reports device discovery and every fallback on stderr, behind Python's back.
-_LOG_ERRORS = 3
+# onnxruntime reports device discovery and every fallback on stderr, behind Python's back, and what run() raises too.
+_LOG_ERRORS, _LOG_NONE = 3, 4
 
 
 def open_session(
@@ -196,9 +196,10 @@ def run(session: ort.InferenceSession, inputs: Sequence[Values]) -> list[Array]:
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
     """
-    feeds = _feeds(session, inputs)
+    feeds, options = _feeds(session, inputs), ort.RunOptions()
+    options.log_severity_level = _LOG_NONE
     try:
-        outputs: list[Array] = session.run(None, feeds)
+        outputs: list[Array] = session.run(None, feeds, options)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
         raise MeasurementError(f"onnxruntime failed while running the network: {error}") from error
     return outputs
