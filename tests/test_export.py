@@ -255,6 +255,15 @@ def test_a_file_that_disagrees_is_not_written(
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"the old one")]
 
 
+def test_probabilities_of_many_classes_are_held_to_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Sequential(nn.Linear(3, 1000), nn.Softmax(1)).eval()
+    perturb(monkeypatch, lambda ys: [1.01 * y for y in ys])
+    with pytest.raises(ParityError, match="disagrees with torch"):
+        onnx_file.export_onnx(network, tmp_path / "m.onnx", [torch.randn(2, 3)])
+
+
 def test_a_wider_tolerance_accepts(
     tmp_path: Path, converted: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

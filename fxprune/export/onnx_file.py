@@ -133,8 +133,8 @@ def export_onnx(
             compared as they are, fewer are repeated with a little noise. What is no tensor stays as it is given.
         verify: Compare with torch on the CPU at three batch sizes: in onnxruntime, unoptimised and optimised, and in
             OpenVINO where that is installed and knows the operators.
-        tolerance: Largest absolute difference accepted. By default 1e-4 (half precision: 5e-3) times the
-            largest absolute output, or times 1 if that is larger.
+        tolerance: Largest absolute difference accepted. By default 1e-4 times the largest absolute output, or
+            times 0.01 if that is larger (half precision: 5e-3 times it, or times 1).
         opset: Version of the default operator set; torch's own choice if `None`.
         ir_version: Version of the file format; torch's own choice if `None`.
         input_names: One name for each tensor, in the order of `example_inputs`. By default those of the file that the
