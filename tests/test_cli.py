@@ -427,7 +427,7 @@ def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
     ]
     assert cli.main(argv) == 0
     assert traced.calls == []
-    assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == "body"
+    assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == ["body"]
 
 
 def test_only_the_first_process_prints_and_writes(
