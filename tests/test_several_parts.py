@@ -286,8 +286,11 @@ def test_a_model_is_saved_by_its_parts(done: tuple[nn.Module, Path], tmp_path: P
 
 def test_parts_that_are_not_together_are_not_saved(done: tuple[nn.Module, Path], tmp_path: Path) -> None:
     small = copy.deepcopy(done[0])
-    with pytest.raises(GraphError, match="compressed together, and this is mind: give the whole model"):
+    with pytest.raises(GraphError, match="compressed together, and this is mind alone: give the whole model"):
         fxprune.save(small.get_submodule("mind"), tmp_path)
+    small.set_submodule("mouth", copy.deepcopy(small.get_submodule("mind")))
+    with pytest.raises(GraphError, match="mouth is no longer there, or was compressed by another call"):
+        fxprune.save(small, tmp_path)
     small.set_submodule("mind", nn.Identity())
     with pytest.raises(GraphError, match="mind is no longer there"):
         fxprune.save(small, tmp_path)
@@ -308,7 +311,8 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder, self.mind = Eye(1.0), Mind()
-        self.alias = self.mind
+        self.alias, self.other = self.mind, Mind()
+        self.other.tail = self.mind.tail
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mind(self.encoder(torch.cat([x, x]))["late"][: len(x)])
@@ -339,6 +343,7 @@ class Pair(nn.Module):
         (Animal, {"paths": ("head.left", "head")}, OptionError, "'head.left', which lies in 'head'"),
         (Animal, {"paths": ("mind", "mind")}, OptionError, "'mind', which lies in 'mind' or is the same"),
         (Twice, {"paths": ("mind", "alias")}, OptionError, "'mind', which lies in 'alias' or is the same"),
+        (Twice, {"paths": ("mind", "other")}, OptionError, "'mind' and 'other', which share weights"),
         (Animal, {"paths": ("mind", "hand")}, OptionError, "no submodule 'hand'"),
         (Animal, {"paths": ()}, OptionError, r"submodule is \(\); it must be paths of parts"),
         (Animal, {"paths": EYES, "tap": "relu"}, OptionError, "tap names one value, and several parts"),

@@ -35,24 +35,29 @@ def taken_out(model: nn.Module) -> tuple[fx.GraphModule, Origin] | None:
     """The parts of a model that were compressed together, joined again; None where there are none.
 
     Raises:
-        GraphError: The model is one of them, or lacks one.
+        GraphError: The model is one of them, lacks one, or holds another that was compressed otherwise.
     """
     graphs = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, fx.GraphModule) and isinstance(module.meta.get(ORIGIN), PartOrigin)
+        if isinstance(module, fx.GraphModule) and ORIGIN in module.meta
     }
-    if not graphs:
+    found = {name: graph.meta[ORIGIN] for name, graph in graphs.items()}
+    first = next((one for one in found.values() if isinstance(one, PartOrigin)), None)
+    if first is None:
         return None
-    first: PartOrigin = next(iter(graphs.values())).meta[ORIGIN]
-    origin, paths = first.origin, " and ".join(first.origin.paths)
-    if "" in graphs:
-        raise GraphError(f"{paths} were compressed together, and this is {first.path}: give the whole model")
-    missing = [path for path in origin.paths if path not in graphs]
-    if missing:
-        raise GraphError(f"{paths} were compressed together, and {missing[0]} is no longer there")
-    example = example_of(origin.plan.inputs)
-    network = Parts({path: graphs[path] for path in origin.paths}, Calls(example.args)).joined()
-    report = graphs[origin.paths[0]].meta.get(REPORT)
+    origin, together = first.origin, f"{' and '.join(first.origin.paths)} were compressed together"
+    if "" in found:
+        raise GraphError(f"{together}, and this is {first.path} alone: give the whole model")
+    wanted = {path: PartOrigin(origin, path) for path in origin.paths}
+    strange = [path for path in {**wanted, **found} if wanted.get(path) != found.get(path)]
+    if strange:
+        raise GraphError(
+            f"{together}, and {strange[0]} is no longer there, or was compressed by another call: what one call "
+            "returned is saved together; keep the weights of this model with its state_dict()"
+        )
+    calls = Calls(example_of(origin.plan.inputs).args)
+    network = Parts({path: graphs[path] for path in origin.paths}, calls).joined()
+    report = graphs[first.path].meta.get(REPORT)
     network.meta |= {ORIGIN: origin} if report is None else {ORIGIN: origin, REPORT: report}
     return network, origin

@@ -111,7 +111,7 @@ def capture_inputs(
         The submodule's inputs, and a batch of the model's.
 
     Raises:
-        OptionError: There is no such submodule, one lies in another, or `limit` is below 1.
+        OptionError: There is no such submodule, one lies in another or shares its weights, or `limit` is below 1.
         TraceError: The model cannot be copied.
         GraphError: The submodule is never called.
         CalibrationError: The loader or a batch cannot be used, the model fails on it, several submodules are given
@@ -152,6 +152,11 @@ def _check_apart(model: nn.Module, paths: Sequence[str]) -> None:
         if any(module is modules[path] for module in modules[other].modules()):
             raise OptionError(
                 f"submodule names {path!r}, which lies in {other!r} or is the same: give one of them"
+            )
+        if not {*modules[path].parameters()}.isdisjoint(modules[other].parameters()):
+            raise OptionError(
+                f"submodule names {path!r} and {other!r}, which share weights, and each would get its own: name the "
+                "part that holds both, or one of them"
             )
 
 
