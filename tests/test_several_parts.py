@@ -66,8 +66,8 @@ class Animal(nn.Module):
         left, right = self.head["left"](x), self.head["right"](x, more=x.flip(3))
         assert list(left) == ["early", "late"]
         seen = left["late"] / 1000 + right["late"]
+        x.mul_(0)  # what the eyes were given has to be noted before
         thought = self.mind(seen)
-        x.mul_(0)  # whoever was called before must have been seen before
         return self.mouth(thought.mean((2, 3))) if float(thought.detach().sum()) < 1e9 else thought
 
 
