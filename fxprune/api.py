@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, fx, nn
 
 from fxprune.artifacts.loading import load_network
-from fxprune.artifacts.recipe import ORIGIN
+from fxprune.artifacts.recipe import ORIGIN, PartOrigin
 from fxprune.artifacts.saving import save_network
 from fxprune.calibration.drawing import draw
 from fxprune.errors import GraphError, OptionError
 from fxprune.export.onnx_file import ExportRecord
 from fxprune.export.onnx_file import export_onnx as _export
-from fxprune.graph.call import input_names
+from fxprune.graph.call import Calls, input_names
 from fxprune.graph.examples import example_for
 from fxprune.measurements import LatencyComparison
 from fxprune.measuring import fresh
@@ -28,7 +28,6 @@ from fxprune.precision.half import export_half
 from fxprune.precision.int8 import export_int8
 from fxprune.reports.compression import REPORT, CompressionReport
 from fxprune.reports.sweep import SweepReport
-from fxprune.submodules.replacement import replace_submodule
 from fxprune.timing import latency as timing
 from fxprune.tracing.unwrap import unwrapped
 
@@ -55,7 +54,7 @@ def compress(
     loader: Any,
     k: int | None = None,
     *,
-    submodule: str,
+    submodule: str | Sequence[str],
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[CompressSettings],
 ) -> nn.Module: ...
@@ -65,7 +64,7 @@ def compress(
     loader: Any,
     k: int | None = None,
     *,
-    submodule: str | None = None,
+    submodule: str | Sequence[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[CompressSettings],
 ) -> nn.Module:
@@ -81,6 +80,9 @@ def compress(
         k: How many regions to cut; alternatively give `target_speedup`, `target_latency_ms`, `regions` or `plan`.
         submodule: Path of the part to compress, of a model that cannot be traced as a whole. With a backend of
             torch latencies, and a target, are those of the whole model on its own batches, and the report has both.
+            Or paths of several parts, from all of which the regions are chosen as from one network. Each is fitted on
+            what the original gives it, even where another part feeds it, its regions are called after their place in
+            the whole, and losses are means over the parts of the error over the variance of what they return.
         evaluate: Called with a copy of the original, before any long work, and of the compressed network; returns a
             number, such as an accuracy. The report holds both.
         **settings: Fields of `fxprune.options.Options`, which tells what each means and what it is by default.
@@ -117,7 +119,7 @@ def sweep(
     model: nn.Module | ExportedProgram,
     loader: Any,
     *,
-    submodule: str | None = None,
+    submodule: str | Sequence[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Unpack[Settings],
 ) -> SweepReport:
@@ -164,11 +166,12 @@ def report(gm: nn.Module) -> CompressionReport:
     return found
 
 
-def save(network: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
+def save(network: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Keeps a compressed network, trained further or not, so that `load` makes it again; see `compress` for the files.
 
     Args:
-        network: What `compress` (for a model that was compressed with `submodule`, its part) or `load` returned.
+        network: What `compress` (for a model that was compressed with `submodule`, its part; with several, the model,
+            of which the parts are kept) or `load` returned.
         folder: Created if need be; a network that it holds already is replaced.
 
     Raises:
@@ -206,13 +209,7 @@ def load(
     """
     with memory_explained():
         model = factory if factory is None or isinstance(factory, nn.Module) else factory()
-        graph = load_network(folder, None if model is None else unwrapped(model))
-        origin = graph.meta[ORIGIN]
-        if model is None or origin.submodule is None:
-            return graph
-        return replace_submodule(
-            model, origin.submodule, graph, example=example_for(graph, origin.plan.inputs)
-        )
+        return load_network(folder, None if model is None else unwrapped(model))
 
 
 def export_onnx(
@@ -267,6 +264,9 @@ def export_onnx(
 def _known_inputs(model: nn.Module) -> Any:
     """Noise of the shapes that a result of `compress` takes."""
     origin = getattr(model, "meta", {}).get(ORIGIN)
+    if isinstance(origin, PartOrigin):
+        calls = Calls(example_for(model, origin.origin.plan.inputs).args).calls
+        return calls[origin.origin.paths.index(origin.path)].given
     if origin is not None:
         return example_for(model, origin.plan.inputs).given
     part = any(isinstance(m, fx.GraphModule) and ORIGIN in m.meta for m in model.modules())

@@ -15,7 +15,7 @@ from fxprune.backends import Backend
 from fxprune.errors import OptionError
 from fxprune.plan import Plan
 from fxprune.recipes import RECIPES, FitSettings, Recipe, Selection, recipe_named
-from fxprune.validation import TORCH_PRUNING, is_number, is_whole, listed, one_of, require
+from fxprune.validation import TORCH_PRUNING, folder, is_number, is_whole, listed, names, one_of, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,7 +115,8 @@ class Options:
         kinds: Kinds of region that may be cut; see `fxprune.discover`.
         ignore: What must stay; see `fxprune.discover`.
         tap: Node or module whose output is mimicked, if not the features before the final pooling.
-        submodule: Path of the part to compress, of a model that cannot be traced as a whole; see `fxprune.compress`.
+        submodule: Path of the part to compress, of a model that cannot be traced as a whole, or paths of several; see
+            `fxprune.compress`.
         front_end: How the network is captured; see `fxprune.trace`.
         input_fn: Turns one of the loader's batches into a tensor, a tuple of arguments or a dict of keywords.
         images: Most calibration images to use; of 20 or more a fifth is held back, to measure on what nothing was
@@ -155,7 +156,7 @@ class Options:
     kinds: tuple[KindName, ...] = ("identity",)
     ignore: tuple[str | Callable[[Any], bool], ...] = ()
     tap: str | None = None
-    submodule: str | None = None
+    submodule: str | tuple[str, ...] | None = None
     front_end: FrontEnd = "auto"
     input_fn: Callable[[Any], Any] | None = None
     images: int = 500
@@ -172,7 +173,10 @@ class Options:
 
     @classmethod
     def of(
-        cls, k: int | None = None, submodule: str | None = None, **settings: Unpack[CompressSettings]
+        cls,
+        k: int | None = None,
+        submodule: str | Iterable[str] | None = None,
+        **settings: Unpack[CompressSettings],
     ) -> Options:
         """Options from keywords as people write them: a recipe by its name, one pattern for a tuple of one, a path.
 
@@ -191,13 +195,16 @@ class Options:
             ignore = given["ignore"]
             given["ignore"] = (ignore,) if isinstance(ignore, str) or callable(ignore) else tuple(ignore)
         if "regions" in given:
-            given["regions"] = _labels(given["regions"])
+            given["regions"] = names("regions", given["regions"], "labels of regions")
         if given.get("plan") is not None:
             plan = given["plan"]
             given["plan"] = plan if isinstance(plan, Plan) else Plan.read(plan)
             given["kinds"] = given["plan"].kinds
         if given.get("out") is not None:
-            given["out"] = _path(given["out"])
+            given["out"] = folder("out", given["out"])
+        if submodule is not None and not isinstance(submodule, str):
+            parts = names("submodule", submodule, "paths of parts")
+            submodule = parts[0] if len(parts) == 1 else parts
         return cls(k=k, submodule=submodule, **given)
 
     def __post_init__(self) -> None:
@@ -253,6 +260,12 @@ class Options:
                 "selection='exact' has no path of growing plans: it compares sets of one size, so it needs k; use "
                 "'greedy' or 'independent'"
             )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the parts to compress; none where it is the whole model."""
+        path = self.submodule
+        return () if path is None else (path,) if isinstance(path, str) else path
 
     @property
     def has_target(self) -> bool:
@@ -331,18 +344,3 @@ def takes(settings: type) -> Callable[[Function], Function]:
 def _name_of(value: object) -> str:
     """A string as it is, a function by its name."""
     return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
-
-
-def _labels(regions: Iterable[str]) -> tuple[str, ...]:
-    labels = (regions,) if isinstance(regions, str) else tuple(regions)
-    if not labels or not all(isinstance(label, str) for label in labels):
-        raise OptionError(f"regions is {regions!r}; it must be labels of regions, at least one")
-    return labels
-
-
-def _path(out: object) -> str:
-    if not isinstance(out, (str, os.PathLike)) or not isinstance(path := os.fspath(out), str):
-        raise OptionError(f"out is {out!r}; it must be the path of a folder")
-    if not path or "\0" in path:
-        raise OptionError(f"out is {path!r}; it must be the path of a folder, '.' for the present one")
-    return path

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from fxprune.errors import OptionError
 
-__all__ = ["TORCH_PRUNING", "is_number", "is_whole", "listed", "one_of", "require", "shortened"]
+__all__ = [
+    "TORCH_PRUNING",
+    "folder",
+    "is_number",
+    "is_whole",
+    "listed",
+    "names",
+    "one_of",
+    "require",
+    "shortened",
+]
 
 TORCH_PRUNING = {
     "ignored_layers": "ignore",
@@ -58,3 +69,33 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
     """The first few of some names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def names(name: str, value: str | Iterable[str], what: str) -> tuple[str, ...]:
+    """The names that an argument holds, of which there must be one or more.
+
+    Args:
+        name: Of the argument.
+        value: What was given: one name, or several.
+        what: They are, in words.
+
+    Raises:
+        OptionError: There are none, or something else.
+    """
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not found or not all(isinstance(one, str) for one in found):
+        raise OptionError(f"{name} is {value!r}; it must be {what}, at least one")
+    return found
+
+
+def folder(name: str, value: object) -> str:
+    """The path of a folder that an argument holds.
+
+    Raises:
+        OptionError: It holds none.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        raise OptionError(f"{name} is {value!r}; it must be the path of a folder")
+    if not path or "\0" in path:
+        raise OptionError(f"{name} is {path!r}; it must be the path of a folder, '.' for the present one")
+    return path

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from fxprune.calibration.augment import Augmentation, augmentation, cutmix, random_crop_flip
 from fxprune.errors import OptionError
-from fxprune.graph.call import Inputs
+from fxprune.graph.call import Calls, Inputs
 
 
 def mixing() -> Augmentation:
@@ -157,3 +157,16 @@ def test_the_one_image_tensor_is_changed() -> None:
 def test_what_may_have_to_stay_aligned_is_left_alone(args: tuple[Tensor, ...]) -> None:
     inputs = Inputs(args)
     assert mixing()(inputs, seeded()) is inputs
+
+
+def test_each_call_of_several_networks_is_changed_by_itself() -> None:
+    one, other, pair = (torch.rand(4, 3, 8, 8, generator=Generator().manual_seed(i)) for i in range(3))
+    augment = augmentation(crop_flip=True, mix=False)
+    assert augment is not None
+    given = Calls.of([Inputs((one,)), Inputs((), {"x": other}), Inputs((pair, pair))])
+    changed = augment(given, Generator().manual_seed(5))
+    generator = Generator().manual_seed(5)
+    first, second, third = changed.calls
+    assert torch.equal(first.args[0], random_crop_flip(one, generator))
+    assert torch.equal(second.kwargs["x"], random_crop_flip(other, generator))
+    assert torch.equal(third.args[0], pair) and isinstance(changed, Calls)

@@ -409,6 +409,19 @@ def test_labels_without_folders_of_classes_are_wrong_usage(traced, replace, phot
     assert "holds no labelled images" in capsys.readouterr().err and compress.calls == []
 
 
+@pytest.mark.parametrize(
+    "given", [["--submodule", "body,head"], ["--submodule", "body", "--submodule", "head"]]
+)
+def test_several_submodules_are_named_with_commas_or_one_by_one(
+    given: list[str], traced, replace, photos
+) -> None:
+    compress = replace("compress", Residual())
+    replace("report", Report())
+    argv = ["compress", "m", "--data", str(photos), "--k", "1", "--size", "8", "--no-progress", *given]
+    assert cli.main(argv) == 0
+    assert compress.kwargs["submodule"] == ["body", "head"]
+
+
 def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
     compress = replace("compress", Residual())
     replace("report", Report())
@@ -427,7 +440,7 @@ def test_a_submodule_is_not_traced_here(traced, replace, photos) -> None:
     ]
     assert cli.main(argv) == 0
     assert traced.calls == []
-    assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == "body"
+    assert isinstance(compress.args[0], Residual) and compress.kwargs["submodule"] == ["body"]
 
 
 def test_only_the_first_process_prints_and_writes(

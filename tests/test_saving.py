@@ -382,7 +382,7 @@ def hashed_anew(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(format=2), r"recipe\.json has format 2, and fxprune .* reads format 1"),
+        (lambda d: d.update(format=3), r"recipe\.json has format 3, and fxprune .* reads format 1 and 2"),
         (lambda d: d["files"].update({"../x": "0" * 64}), r"lists '\.\./x', which is no file of a saved"),
         (lambda d: d["files"].update({"model.pkl": "0" * 64}), r"lists 'model\.pkl', which is no file"),
         (lambda d: d["files"].pop("model.safetensors"), r"lists no model\.safetensors"),

@@ -16,6 +16,7 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.extract import share
 from fxprune.reports.compression import CompressionReport
 from fxprune.submodules.capture import capture_inputs
+from fxprune.submodules.parts import Parts
 from fxprune.submodules.whole import Whole, whole_around
 from tests.doubles import brief, comparison, count_latency
 from tests.tiny import Tiny, images
@@ -59,7 +60,10 @@ def model() -> Detector:
 
 
 def whole_of(model: nn.Module, loader: Any, count: int) -> Whole:
-    return whole_around(model, "body", capture_inputs(model, "body", loader), count, "cpu")
+    images, batch = capture_inputs(model, "body", loader)
+    example = images.example(2)
+    parts = Parts({"body": fxprune.trace(model.get_submodule("body"), example.given)}, example)
+    return whole_around(model, parts, batch, count, "cpu")
 
 
 def compressed(model: nn.Module, loader: Any = None, **settings: Any) -> CompressionReport:

@@ -20,14 +20,23 @@ from fxprune.options import FrontEnd
 from fxprune.plan import Plan
 from fxprune.records import restored
 
-__all__ = ["ORIGIN", "RECIPE", "Origin", "Rebuilding", "read_file", "read_recipe", "write_recipe"]
+__all__ = [
+    "ORIGIN",
+    "RECIPE",
+    "Origin",
+    "PartOrigin",
+    "Rebuilding",
+    "read_file",
+    "read_recipe",
+    "write_recipe",
+]
 
 ORIGIN = "fxprune_origin"
-"""Key of a compressed graph's `Origin` in its `meta`."""
+"""Key of a compressed graph's `Origin`, or `PartOrigin`, in its `meta`."""
 
 RECIPE = "recipe.json"
 
-_FORMAT = 1
+_FORMAT, _OF_PARTS = 1, 2
 _SEAL = re.compile(rb'(?<=\n "sha256": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _BLANK = b"0" * 64
 
@@ -39,14 +48,33 @@ class Origin:
     Attributes:
         plan: What was cut.
         front_end: How the original was captured; see `fxprune.trace`.
-        submodule: Path of the part that was compressed, None where it was the whole model.
+        submodule: Path of the part that was compressed, or of several; None where it was the whole model.
         weights: SHA-256 (hex) over the original's parameters and buffers, where that is known.
     """
 
     plan: Plan
     front_end: FrontEnd
-    submodule: str | None
+    submodule: str | tuple[str, ...] | None
     weights: str | None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the parts that were compressed; none where it was the whole model."""
+        path = self.submodule
+        return () if path is None else (path,) if isinstance(path, str) else path
+
+
+@dataclass(frozen=True, slots=True)
+class PartOrigin:
+    """Where one of several parts comes from that were compressed together.
+
+    Attributes:
+        origin: Of all of them.
+        path: Of this one.
+    """
+
+    origin: Origin
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +92,7 @@ class Rebuilding:
     """
 
     front_end: FrontEnd
-    submodule: str | None
+    submodule: str | tuple[str, ...] | None
     original_weights: str | None
     frozen: tuple[str, ...]
     versions: Mapping[str, str]
@@ -95,7 +123,8 @@ def write_recipe(folder: Path, network: fx.GraphModule, origin: Origin, names: I
         files=files,
         onnx_names=network.meta.get(NAMES),
     )
-    data = {"format": _FORMAT, **asdict(recipe), "sha256": _BLANK.decode()}
+    written = _OF_PARTS if isinstance(origin.submodule, tuple) else _FORMAT
+    data = {"format": written, **asdict(recipe), "sha256": _BLANK.decode()}
     write_bytes_atomic(folder / RECIPE, _sealed((json.dumps(data, indent=1) + "\n").encode()))
 
 
@@ -115,12 +144,13 @@ def read_recipe(folder: Path) -> Rebuilding:
     try:
         data = json.loads(text)
         written = data["format"]
-        recipe = restored(Rebuilding, data) if written == _FORMAT else None
+        recipe = restored(Rebuilding, data) if written in (_FORMAT, _OF_PARTS) else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}. Save the network again") from error
     if recipe is None:
         raise ArtifactError(
-            f"{path} has format {written!r}, and fxprune {__version__} reads format {_FORMAT}: install a newer one"
+            f"{path} has format {written!r}, and fxprune {__version__} reads format {_FORMAT} and {_OF_PARTS}: install "
+            "a newer one"
         )
     if not _SEAL.search(text) or _sealed(text) != text:
         raise ArtifactError(f"{path} was changed: its checksum is another one. Save the network again")

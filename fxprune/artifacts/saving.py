@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import fx, nn
 
+from fxprune.artifacts.placing import taken_out
 from fxprune.artifacts.recipe import ORIGIN, RECIPE, Origin, write_recipe
 from fxprune.artifacts.results import Results
 from fxprune.errors import GraphError
@@ -45,8 +46,7 @@ def save_network(network: nn.Module, folder: str | os.PathLike[str]) -> None:
         GraphError: It is no graph that `compress`, `load` or `apply` returned.
         ArtifactError: It cannot be captured by `torch.export`, or the folder cannot be written.
     """
-    origin = _origin_of(network)
-    assert isinstance(network, fx.GraphModule)
+    network, origin = _known(network)
     target = check_writable(folder)
     # before anything old is removed
     archive = program_bytes(network, example_for(network, origin.plan.inputs))
@@ -60,12 +60,14 @@ def save_network(network: nn.Module, folder: str | os.PathLike[str]) -> None:
     close_folder(target, network, origin)
 
 
-def _origin_of(network: nn.Module) -> Origin:
-    found = {name: m.meta.get(ORIGIN) for name, m in network.named_modules() if isinstance(m, fx.GraphModule)}
-    origin = found.pop("", None)
-    if isinstance(origin, Origin):
-        return origin
-    parts = [name for name, one in found.items() if one is not None]
+def _known(network: nn.Module) -> tuple[fx.GraphModule, Origin]:
+    """The graph to save, and where it comes from: of a model whose parts were compressed together these, joined."""
+    if (together := taken_out(network)) is not None:
+        return together
+    if isinstance(network, fx.GraphModule) and isinstance(origin := network.meta.get(ORIGIN), Origin):
+        return network, origin
+    graphs = {name: m for name, m in network.named_modules() if isinstance(m, fx.GraphModule)}
+    parts = [name for name, graph in graphs.items() if name and ORIGIN in graph.meta]
     if parts:
         raise GraphError(
             f"a {type(network).__name__} is saved by its own means, and its compressed part by fxprune: give "

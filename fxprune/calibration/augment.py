@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from fxprune.errors import OptionError
-from fxprune.graph.call import Inputs
+from fxprune.graph.call import Calls, Inputs
 
 __all__ = ["Augmentation", "augmentable", "augmentation", "cutmix", "random_crop_flip"]
 
@@ -118,12 +118,14 @@ def augmentable(inputs: Inputs) -> Tensor | None:
 def augmentation(*, crop_flip: bool, mix: bool) -> Augmentation | None:
     """What changes batches at random: `random_crop_flip`, `cutmix`, both or, as None, neither.
 
-    Batches without an `augmentable` tensor are left unchanged.
+    Batches without an `augmentable` tensor are left unchanged; of a batch for several networks each call is one.
     """
     if not crop_flip and not mix:
         return None
 
     def augment(inputs: Inputs, generator: Generator) -> Inputs:
+        if isinstance(inputs, Calls):
+            return Calls.of(augment(call, generator) for call in inputs.calls)
         found = augmentable(inputs)
         if found is None:
             return inputs

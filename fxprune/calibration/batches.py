@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.utils._pytree as pytree
@@ -123,7 +123,8 @@ class CalibrationSet:
         both = [
             torch.cat([one, two]) if is_batched(one) else one for one, two in zip(mine, theirs, strict=True)
         ]
-        return CalibrationSet(Inputs(*pytree.tree_unflatten(both, structure)))
+        args, kwargs = pytree.tree_unflatten(both, structure)
+        return CalibrationSet(replace(self.inputs, args=args, kwargs=kwargs))
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over structure, shapes, types and bytes: equal exactly when the images are."""

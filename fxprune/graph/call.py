@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import GraphError
 
-__all__ = ["Inputs", "Positional", "bind", "flat_tensors", "input_names", "is_batched", "positional"]
+__all__ = ["Calls", "Inputs", "Positional", "bind", "flat_tensors", "input_names", "is_batched", "positional"]
 
 
 def flat_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -86,6 +86,11 @@ class Inputs:
         return self.kwargs or self.args
 
     @property
+    def calls(self) -> tuple[Inputs, ...]:
+        """The calls that this is: one."""
+        return (self,)
+
+    @property
     def batch_size(self) -> int:
         """Number of images."""
         return int(self.tensors()[0].shape[0])
@@ -96,15 +101,31 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """A copy with `function` applied to each of `tensors()`."""
-        return Inputs(*pytree.tree_map_only(is_batched, function, (self.args, self.kwargs)))
+        args, kwargs = pytree.tree_map_only(is_batched, function, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device | str) -> Inputs:
         """The batch on `device`; scalar tensors move too."""
-        return Inputs(*pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
     def select(self, indices: Tensor) -> Inputs:
         """The images at `indices` (int64, one-dimensional), in that order."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+
+class Calls(Inputs):
+    """A batch for several networks side by side: each argument is all that one of them is given, a tuple or a dict."""
+
+    @classmethod
+    def of(cls, calls: Iterable[Inputs]) -> Calls:
+        """The batch of some calls."""
+        return cls(tuple(call.given for call in calls))
+
+    @property
+    def calls(self) -> tuple[Inputs, ...]:
+        """What each network is called with."""
+        return tuple(Inputs((), dict(one)) if isinstance(one, Mapping) else Inputs(one) for one in self.args)
 
 
 def input_names(model: Any) -> dict[str, bool]:

@@ -16,6 +16,7 @@ from fxprune.measurements import LatencyComparison
 from fxprune.pipeline.job import Job
 from fxprune.processes.group import on_main
 from fxprune.scoring.stored import stored_latencies
+from fxprune.submodules.parts import as_returned
 from fxprune.timing import latency as timing
 from fxprune.timing.savings import without
 
@@ -28,14 +29,16 @@ def compare_networks(
     """Times networks against the original, all in turns; parts of a model each in their place, where that can be."""
     whole, graphs = job.whole, [job.original.graph, *networks]
     if whole is None:
-        return _compare(job, graphs, _batch(job), settings)
+        return _compare(job, [as_returned(graph) for graph in graphs], _batch(job), settings)
     measured = _compare(job, [whole.around(graph) for graph in graphs], whole.batch, settings)
     return tuple(_of_batch(one, whole.batch_shape) for one in measured)
 
 
 def compare_parts(job: Job, part: fx.GraphModule) -> LatencyComparison | None:
-    """Times a part by itself against the original one; None where `compare_networks` does."""
-    return None if job.whole is None else _compare(job, [job.original.graph, part], _batch(job))[0]
+    """Times a part by itself, several joined, against the original one; None where `compare_networks` does."""
+    if job.whole is None:
+        return None
+    return _compare(job, [as_returned(graph) for graph in (job.original.graph, part)], _batch(job))[0]
 
 
 def _compare(

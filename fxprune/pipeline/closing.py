@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fxprune.artifacts.placing import in_place
 from fxprune.artifacts.recipe import ORIGIN, Origin
 from fxprune.artifacts.results import Results
 from fxprune.artifacts.saving import FILES, close_folder, write_plan
@@ -35,7 +36,7 @@ from fxprune.reports.layout import layout
 from fxprune.reports.page import PAGE, page
 from fxprune.reports.sweep import SweepPoint, SweepReport, left_out
 from fxprune.selection.plans import BlockScore, DropPlan
-from fxprune.submodules.replacement import replace_submodule
+from fxprune.submodules.parts import as_returned
 from fxprune.timing.environment import peak_memory, versions
 
 __all__ = ["close", "close_sweep"]
@@ -53,7 +54,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         ExportError: A file that was asked for cannot be written, a `ParityError` where one would be wrong; the folder
             holds all others.
     """
-    small, example = recovered.graph, job.original.images.example(2)
+    small, example = as_returned(recovered.graph), job.original.images.example(2)
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(name in job.trainable)
     origin = _origin(job, plan, example)
@@ -81,9 +82,7 @@ def close(job: Job, plan: DropPlan, recovered: Recovered) -> nn.Module:
         wrong = [error for error in results.failures if isinstance(error, (AgreementError, ParityError))]
         raise wrong[0].saying(message) if wrong else ExportError(message)
     small.meta.update({REPORT: report, ORIGIN: origin})
-    if job.options.submodule is None:
-        return small
-    return replace_submodule(job.model, job.options.submodule, small, example=example)
+    return small if job.parts is None else in_place(job.model, job.parts, small)
 
 
 def _origin(job: Job, plan: DropPlan, example: Inputs) -> Origin:
@@ -155,13 +154,13 @@ def _report(
         versions=versions(job.original.device),
         notes=(*job.notes, *recovered.notes, *doubts),
         layout=layout(job.original.graph, job.discovery),
-        changed=classes if job.options.submodule is None else None,  # the rows of a part are not the loader's
+        changed=classes if job.parts is None else None,  # the rows of a part are not the loader's
     )
 
 
 def _unsaved(job: Job) -> str | None:
     """What the owner of a model with Hugging Face's methods should know; a graph of the whole has none of them."""
-    if job.options.submodule is None or not hasattr(job.model, "from_pretrained"):
+    if job.parts is None or not hasattr(job.model, "from_pretrained"):
         return None
     return (
         "after save_pretrained, from_pretrained builds all layers of the config, and those that were cut get random "

@@ -19,6 +19,7 @@ from fxprune.precision.half import export_half
 from fxprune.precision.int8 import export_int8
 from fxprune.processes.group import on_main
 from fxprune.reports.fewer_bits import FewerBits
+from fxprune.submodules.parts import as_returned
 
 __all__ = ["write_onnx"]
 
@@ -43,7 +44,7 @@ def write_onnx(
     made: dict[str, ExportRecord] = {}
 
     def write(name: str, export: Callable[..., ExportRecord], *given: Any, **settings: Any) -> None:
-        network = job.original.graph if name == "original.onnx" else small
+        network = as_returned(job.original.graph) if name == "original.onnx" else small
 
         def make(folder: Path) -> None:
             made[name] = export(network, folder / name, *given, **settings)

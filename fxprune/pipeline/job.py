@@ -18,6 +18,7 @@ from fxprune.recovery.original import Original
 from fxprune.reports.call import SHELL_COMMAND
 from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore
+from fxprune.submodules.parts import Parts
 from fxprune.submodules.whole import Whole
 
 __all__ = ["Job", "StageTimes"]
@@ -44,6 +45,7 @@ class Job:
     Attributes:
         options: What was asked for, defaults filled in.
         model: The caller's model, never changed.
+        parts: The parts of it that the network joins; None where it is the whole model.
         whole: A copy of it, for latencies, where the network is a part of it and torch is timed.
         original: The network to be compressed, a private copy, and what always goes with it.
         trainable: Names of its parameters that the caller had not frozen.
@@ -64,6 +66,7 @@ class Job:
 
     options: Options
     model: Any
+    parts: Parts | None
     whole: Whole | None
     original: Original
     trainable: frozenset[str]
@@ -86,7 +89,7 @@ class Job:
         assert self.options.latency_batch is not None  # filled in when the job was opened
         return self.options.latency_batch
 
-    def parts(self, regions: Sequence[Region]) -> list[AdaptorFit]:
+    def fits_of(self, regions: Sequence[Region]) -> list[AdaptorFit]:
         """Fits of a set's single regions, for a fit of the set to begin at; none where they were not scored."""
         return [self.fits[region.label] for region in regions] if self.fits else []
 

@@ -17,29 +17,23 @@ from torch import fx, nn
 
 from fxprune.backends import runs_modules
 from fxprune.calibration.batches import CalibrationSet
-from fxprune.calibration.drawing import draw
 from fxprune.calibration.labelled import LabelledImages
 from fxprune.discovery.discovery import discover
-from fxprune.discovery.taps import find_tap, output_tap
+from fxprune.discovery.taps import find_tap
 from fxprune.errors import (
     ArtifactError,
-    CalibrationError,
-    DeviceError,
-    GraphError,
     NoRegionError,
     OptionError,
 )
 from fxprune.files import check_writable
 from fxprune.graph.call import input_names
 from fxprune.graph.extract import ancestors
-from fxprune.graph.opaque import opaque_note, opaque_parts
 from fxprune.graph.regions import Discovery, Reason, Rejection
-from fxprune.graph.shapes import propagate_shapes
 from fxprune.judging.answers import alike, answers, entropy
 from fxprune.judging.judge import Evaluate, Judge
 from fxprune.memory import memory_explained, memory_kept
-from fxprune.options import FrontEnd, Options
-from fxprune.passes import Prepare
+from fxprune.options import Options
+from fxprune.pipeline.capturing import captured, captured_parts, device_for, opaque_notes
 from fxprune.pipeline.job import Job, StageTimes
 from fxprune.processes.group import is_main, main_first
 from fxprune.processes.threads import default_threads, using_threads
@@ -53,11 +47,9 @@ from fxprune.scoring.scorer import Scorer
 from fxprune.scoring.store import ScoreStore, content_of
 from fxprune.scoring.stored import StoredScorer
 from fxprune.selection.plans import largest_plan
-from fxprune.submodules.capture import capture_inputs
-from fxprune.submodules.whole import Whole, whole_around
+from fxprune.submodules.parts import WEIGHED_BY, comparable
 from fxprune.timing.latency import device_of
-from fxprune.tracing.trace import traced
-from fxprune.tracing.unwrap import inner, unwrapped
+from fxprune.tracing.unwrap import unwrapped
 
 __all__ = ["HELD_BACK", "make_job", "make_scorer", "open_job"]
 
@@ -84,16 +76,20 @@ def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | Non
         FxpruneError: As `fxprune.compress` says.
     """
     model = unwrapped(model)
-    if options.submodule is not None and not isinstance(model, nn.Module):
+    if options.paths and not isinstance(model, nn.Module):
         raise OptionError("submodule= names a part of a module, and an exported program has none")
-    if options.submodule is not None and (options.labels is not None or evaluate is not None):
+    if len(options.paths) > 1 and options.tap is not None:
+        raise OptionError(
+            "tap names one value, and several parts return one each: leave it out, or name one part"
+        )
+    if options.paths and (options.labels is not None or evaluate is not None):
         raise OptionError(
             "labels and evaluate are for networks that are compressed as a whole, and the part that submodule= names "
             "has no accuracy of its own: measure the model that compress returns"
         )
     if not runs_modules(options.backend):
         device_of(options.backend)  # one that is missing is said before any work
-    options = options.filled(_device(options.device, model), options.threads or default_threads())
+    options = options.filled(device_for(model, options.device), options.threads or default_threads())
     with using_threads(options.threads), _plain_torch(), memory_explained(), memory_kept():
         folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
         with _locked(folder):
@@ -119,15 +115,19 @@ def make_job(
     stage = StageTimes()
     show_progress = is_main() and is_wanted(options.progress)
     with stage("trace"):
-        images, network, whole = _read(model, loader, options)
+        network = (
+            captured_parts(model, loader, options) if options.paths else captured(model, loader, options)
+        )
+        graph, images = network.graph, network.images
         labels = None
         if options.labels is not None:
             labels = LabelledImages(options.labels, images, options, input_names(model))
-        graph, notes = _capture(network, images, str(options.device), options.front_end)
         trainable = frozenset(name for name, p in graph.named_parameters() if p.requires_grad)
         graph.requires_grad_(False)
-        in_part = options.submodule is not None and options.tap is None
-        tap = output_tap(graph) if in_part else find_tap(graph, options.tap)
+        if network.parts is None or options.tap is not None:
+            tap = find_tap(graph, options.tap)
+        else:
+            tap = comparable(graph, network.parts, images.example(WEIGHED_BY).to(str(options.device)))
         discovery = _discover(graph, tap, options)
         spread, look_alike = _spread(graph, images, options)
         held_back = None
@@ -146,13 +146,14 @@ def make_job(
     return Job(
         options,
         model,
-        whole,
+        network.parts,
+        network.whole,
         original,
         trainable,
         discovery,
         held_back,
         spread,
-        (*notes, *look_alike),
+        (*network.notes, *look_alike),
         judge,
         judged,
         scorer,
@@ -219,89 +220,6 @@ def _store(folder: Path, original: Original, discovery: Discovery, options: Opti
     return main_first(lambda: ScoreStore(folder / "scores", fingerprint))
 
 
-def _device(device: str | None, model: Any) -> str:
-    """The device to work on: the one asked for, else where the model is."""
-    if device is None:
-        tensors = model.parameters() if isinstance(model, nn.Module) else iter(())
-        first = next(iter(tensors), None)
-        return str(first.device) if first is not None and first.device.type in ("cpu", "cuda") else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {device} was asked for, but torch sees no CUDA device; install a driver and a CUDA build of "
-            "torch, or leave device out to run on the CPU"
-        )
-    return device
-
-
-def _read(model: Any, loader: Any, options: Options) -> tuple[CalibrationSet, Any, Whole | None]:
-    """The calibration images, the network that takes them, and the model around it where that can be timed."""
-    limit, seed, input_fn, path = options.images, options.seed, options.input_fn, options.submodule
-    if path is None:
-        names = input_names(model)
-        return draw(loader, limit=limit, seed=seed, input_fn=input_fn, names=names), model, None
-    captured = capture_inputs(
-        model, path, loader, limit=limit, input_fn=input_fn, device=options.device, seed=seed
-    )
-    assert options.latency_batch is not None and options.device is not None  # filled in by `open_job`
-    whole = None
-    if runs_modules(options.backend):  # other runtimes would need the model as a file, and few have one
-        whole = whole_around(model, path, captured, options.latency_batch, options.device)
-    return captured.images, inner(model.get_submodule(path)), whole
-
-
-def _capture(
-    model: Any, images: CalibrationSet, device: str, front_end: FrontEnd
-) -> tuple[fx.GraphModule, list[str]]:
-    """A private copy of the network with shapes on every node, and notes: only here is the caller's model read."""
-    example = images.example(2)
-    _check_type(model, images)
-    try:
-        graph, note = traced(model, example.to(_device(None, model)).given, front_end)
-        _check_finite(graph)
-        Prepare()(graph)
-        graph.to(device)
-        placed = example.to(device)
-        propagate_shapes(graph, placed.args, placed.kwargs)
-    except GraphError as error:
-        shapes = [tuple(t.shape) for t in images.inputs.tensors()]
-        raise CalibrationError(
-            f"the network does not accept the calibration images of shape {shapes}: {error}. If it is to be called "
-            "otherwise, pass input_fn=, from a batch to its arguments"
-        ) from error
-    return graph, [*([] if note is None else [note]), *_opaque(graph)]
-
-
-def _opaque(graph: fx.GraphModule) -> list[str]:
-    parts = opaque_parts(graph)
-    return [opaque_note(parts)] if parts else []
-
-
-def _check_finite(graph: fx.GraphModule) -> None:
-    bad = [name for name, p in graph.named_parameters() if not bool(torch.isfinite(p).all())]
-    if bad:
-        raise CalibrationError(
-            f"weights are nan or infinite: {', '.join(bad[:4])}; check how they were loaded"
-        )
-
-
-def _check_type(model: Any, images: CalibrationSet) -> None:
-    tensors = list(model.parameters()) + list(model.buffers()) if isinstance(model, nn.Module) else []
-    if any(t.is_meta for t in tensors):
-        raise GraphError("the network's weights are on the meta device: load them before compressing")
-    types = {t.dtype for t in tensors if t.is_floating_point()}
-    half = sorted(str(t) for t in types & {torch.float16, torch.bfloat16})
-    if half:
-        raise GraphError(
-            f"the network's weights are {', '.join(half)}; recovery needs float32: call model.float() first, and "
-            "convert the result back"
-        )
-    first = images.inputs.tensors()[0]
-    if len(types) == 1 and first.is_floating_point() and first.dtype not in types:
-        raise CalibrationError(
-            f"the images are {first.dtype}, the network's weights {types.pop()}; convert the images"
-        )
-
-
 def _discover(graph: fx.GraphModule, tap: Sequence[str], options: Options) -> Discovery:
     found = _in_front_of(graph, tap, discover(graph, kinds=options.kinds, ignore=options.ignore))
     if not found.regions:
@@ -310,7 +228,7 @@ def _discover(graph: fx.GraphModule, tap: Sequence[str], options: Options) -> Di
             refused[_LISTED:] = [f"  and {len(refused) - _LISTED} more"]
         raise NoRegionError(
             "no region of this network can be dropped. Candidates refused:\n"
-            + "\n".join([*(refused or ["  there is no join at all"]), *_opaque(graph)])
+            + "\n".join([*(refused or ["  there is no join at all"]), *opaque_notes(graph)])
             + "\nkinds=('identity', 'projection', 'sequential') would look for more kinds"
         )
     most = len(largest_plan(found.regions))

@@ -88,7 +88,7 @@ def repair(job: Job, plan: DropPlan) -> tuple[Recovered, DropPlan]:
     recipe, maps = job.options.recipe, {}
     with job.stage("recovery"):
         if recipe.fold_first:
-            parts = [job.parts(plan.regions)]
+            parts = [job.fits_of(plan.regions)]
             fit = fit_all(job.scorer, [plan.regions], parts, show_progress=job.show_progress)[0]
             maps = dict(fit.maps)
             plan = DropPlan(plan.scores, plan.regions, fit.loss)
@@ -120,7 +120,7 @@ def survey(job: Job, scores: Sequence[BlockScore]) -> tuple[SweepPoint, ...]:
     with job.stage("measurement"):
         latencies = latencies_without(job, plans)
     with job.stage("losses"):
-        parts = [job.parts(plan) for plan in plans]
+        parts = [job.fits_of(plan) for plan in plans]
         fits = fit_all(job.scorer, plans, parts, show_progress=job.show_progress)
     with job.stage("evaluation"):
         accuracies = [

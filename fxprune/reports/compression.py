@@ -169,15 +169,19 @@ class CompressionReport:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     @property
+    def part(self) -> str | None:
+        """What was compressed of a model, in words; None where it was the whole."""
+        path = self.settings.get("submodule")
+        return path if path is None or isinstance(path, str) else " and ".join(path)
+
+    @property
     def verdict(self) -> str:
         """What came out, in one sentence."""
         speed, cut = self.latency, len(self.plan.chosen)
         regions = sum(place.refused is None for place in self.layout)
         without = f"{cut} of its {regions} regions" if regions else f"{cut} of its regions"
-        path = self.settings.get("submodule")
-        name = (
-            "the network" if path is None else "the whole model" if self.part_latency else f"its part {path}"
-        )
+        name = "the network" if self.part is None else f"its part {self.part}"
+        name = "the whole model" if self.part_latency else name
         low, high = 1 / speed.interval.high, 1 / speed.interval.low
         doubt = ", which is not beyond the noise," if low <= 1 <= high else ""
         where = f"in {speed.before.backend} on {speed.before.device}"
@@ -299,7 +303,7 @@ class CompressionReport:
 
     def _latency_lines(self) -> list[str]:
         """One line for the network; two for a part of a model and the whole."""
-        part, path = self.part_latency, self.settings.get("submodule")
+        part, path = self.part_latency, self.part
         if part is None:
             return [_latency_line("latency" if path is None else f"latency of {path} alone", self.latency)]
         whole = _latency_line("latency of the whole model", self.latency)

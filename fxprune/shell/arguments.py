@@ -118,7 +118,8 @@ def _add_job(parser: ArgumentParser, selections: tuple[str, ...], out: str) -> N
     add("--std", type=_channels, default=_IMAGENET_STD, metavar="R,G,B")
     add("--recipe", choices=tuple(RECIPES), default="fast")
     add("--criterion", choices=get_args(Criterion), default="recovery")
-    add("--submodule", metavar="PATH", help="this part of the network only; files hold the part")
+    part = "this part of the network only, several with commas, or the option again; files hold the parts"
+    add("--submodule", type=_split, action="extend", metavar="PATH", help=part)
     add("--cost", choices=get_args(Cost), default="latency", help="what a cut is to save (latency)")
     add("--selection", choices=selections, help="how sets are chosen (as the recipe says)")
     add("--backend", choices=BACKENDS, default="torch", help="where latency is measured (torch)")

@@ -1,1 +1,1 @@
-"""A part of a network: what it is called with, and the whole with another part in its place."""
+"""Parts of a network: what they are called with, several as one, and the whole with others in their places."""

@@ -1,11 +1,11 @@
-"""Part of a model: the inputs that one submodule really gets, and where it is mimicked.
+"""Parts of a model: the inputs that submodules really get, and where they are mimicked.
 
 A detector, or any model whose own forward has control flow, cannot be traced as a whole, but its backbone can:
 
 1. `capture_inputs` runs the model on the loader and keeps what reaches the submodule;
-2. the submodule is traced, compressed, and mimicked at what it returns (`output_tap`), and where torch is timed,
-   `whole.Whole` is the model around it;
-3. `replacement.replace_submodule` puts it back into a copy of the model.
+2. the submodule is traced, compressed, and mimicked at what it returns (`parts.comparable`), several side by side in
+   one graph (`parts.Parts`), and where torch is timed, `whole.Whole` is the model around them;
+3. `replacement.replace_submodule` puts each back into a copy of the model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice, permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +27,16 @@ from fxprune.calibration.drawing import draw
 from fxprune.calibration.loading import iterate, narrow
 from fxprune.calibration.reading import read_keywords
 from fxprune.errors import CalibrationError, GraphError, OptionError
-from fxprune.graph.call import Inputs, input_names
+from fxprune.graph.call import Calls, Inputs, input_names
 from fxprune.tracing.evaluation import evaluation_copy
-from fxprune.tracing.unwrap import unwrapped
+from fxprune.tracing.unwrap import inner, unwrapped
 
-__all__ = ["Captured", "capture_inputs", "device_of", "is_list_of_tensors", "submodule_of"]
+__all__ = ["Captured", "capture_inputs", "device_of", "is_list_of_tensors", "named", "submodule_of"]
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20
-"""Batches in a row that may leave the submodule uncalled before capturing gives up."""
+"""Batches in a row that may leave a submodule uncalled before capturing gives up."""
 
 TENSOR_BATCH = 8
 """Images given to the model at once where the loader is a single tensor."""
@@ -46,25 +48,21 @@ _LIST_ADVICE = (
 
 
 class _Reached(BaseException):
-    """Ends the model's forward at the submodule; no `Exception`, so that no model swallows it."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.inputs = Inputs(args, kwargs)
+    """Ends the model's forward at its last submodule; no `Exception`, so that no model swallows it."""
 
 
 class _Call(NamedTuple):
-    """What a model is called with, and its submodule then."""
+    """What a model is called with, and its submodules then, in their order."""
 
     model: Inputs
-    part: Inputs
+    parts: list[Inputs]
 
 
 class Captured(NamedTuple):
-    """What a model's part is called with.
+    """What a model's part is called with, or its parts.
 
     Attributes:
-        images: The part's inputs, on the CPU.
+        images: The part's inputs, on the CPU; of several parts `Calls`.
         batch: The first of the batches that the model was called with for them.
     """
 
@@ -74,7 +72,7 @@ class Captured(NamedTuple):
 
 def capture_inputs(
     model: nn.Module,
-    path: str,
+    paths: str | Sequence[str],
     loader: object,
     *,
     limit: int = 500,
@@ -82,11 +80,14 @@ def capture_inputs(
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Captured:
-    """Runs a model on a loader and keeps what one of its submodules is called with.
+    """Runs a model on a loader and keeps what one of its submodules is called with, or several.
 
     The model runs as a private copy in evaluation mode, without gradients, and only as far as the submodule. When one
     forward calls it several times (a head shared by feature levels, say), the first call is recorded. Every row of its
     inputs is one image, so that a model that stacks two frames for its encoder, as RAFT does, yields two a pair.
+
+    Several submodules are recorded in one forward, and have to be given as many rows as each other. All get what the
+    original gives them, even where one feeds another.
 
     A batch is given to the model like this, unless there is an `input_fn`:
 
@@ -97,7 +98,7 @@ def capture_inputs(
 
     Args:
         model: Any model; it is not changed.
-        path: The submodule, as in `model.get_submodule`.
+        paths: The submodule, as in `model.get_submodule`, or several, none of which lies in another.
         loader: Batches; or all images as one tensor `[N, C, H, W]`; or a `Dataset`.
         limit: Most images to keep. A dataset, and a data loader over one, is drawn from at random; of other loaders
             the first are taken, as each costs a run of the model.
@@ -110,27 +111,53 @@ def capture_inputs(
         The submodule's inputs, and a batch of the model's.
 
     Raises:
-        OptionError: There is no such submodule, or `limit` is below 1.
+        OptionError: There is no such submodule, one lies in another or shares its weights, or `limit` is below 1.
         TraceError: The model cannot be copied.
         GraphError: The submodule is never called.
-        CalibrationError: The loader or a batch cannot be used, the model fails on it, or the submodule's inputs differ
-            in shape from one image to the next; the message names both shapes.
+        CalibrationError: The loader or a batch cannot be used, the model fails on it, several submodules are given
+            different numbers of rows, or the submodule's inputs differ in shape from one image to the next; the
+            message names both shapes.
     """
     model = unwrapped(model)
-    submodule_of(model, path)
+    paths = (paths,) if isinstance(paths, str) else tuple(paths)
+    _check_apart(model, paths)
     if limit < 1:
         raise OptionError(f"limit is {limit}: it counts images, so give 1 or more.")
     place = device_of(model) if device is None else torch.device(device)
     private = evaluation_copy(model).to(place)
     batches = _batches(loader, limit, seed)
     try:
-        calls = _calls(private, path, batches, limit, place, input_fn)
+        calls = _calls(private, paths, batches, limit, place, input_fn)
         first = list(islice(calls, 1))
-        names = input_names(private.get_submodule(path))
-        images = draw(chain(first, calls), limit=limit, seed=seed, input_fn=_as_batch, names=names)
+        take = partial(draw, chain(first, calls), limit=limit, seed=seed)
+        if len(paths) == 1:
+            names = input_names(private.get_submodule(paths[0]))
+            images = take(input_fn=lambda call: call.parts[0].given, names=names)
+        else:
+            drawn = take(input_fn=lambda call: Calls.of(call.parts).args)
+            images = replace(drawn, inputs=Calls(drawn.inputs.args))
     except CalibrationError as error:
-        raise CalibrationError(f"Capturing the inputs of submodule {path!r}: {error}") from error
+        raise CalibrationError(f"Capturing the inputs of {named(paths)}: {error}") from error
     return Captured(images, first[0].model)
+
+
+def named(paths: Sequence[str]) -> str:
+    """Submodules in words."""
+    return f"submodule{'s' * (len(paths) > 1)} {' and '.join(map(repr, paths))}"
+
+
+def _check_apart(model: nn.Module, paths: Sequence[str]) -> None:
+    modules = {path: inner(submodule_of(model, path)) for path in paths}
+    for path, other in permutations(paths, 2):
+        if any(module is modules[path] for module in modules[other].modules()):
+            raise OptionError(
+                f"submodule names {path!r}, which lies in {other!r} or is the same: give one of them"
+            )
+        if not {*modules[path].parameters()}.isdisjoint(modules[other].parameters()):
+            raise OptionError(
+                f"submodule names {path!r} and {other!r}, which share weights, and each would get its own: name the "
+                "part that holds both, or one of them"
+            )
 
 
 def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]:
@@ -143,57 +170,80 @@ def _batches(loader: object, limit: int, seed: int) -> Iterator[tuple[int, Any]]
 
 def _calls(
     model: nn.Module,
-    path: str,
+    paths: Sequence[str],
     batches: Iterator[tuple[int, Any]],
     limit: int,
     device: torch.device,
     input_fn: Callable[[Any], Any] | None,
 ) -> Iterator[_Call]:
     """Batch by batch, until there are `limit` images."""
-    submodule, names = model.get_submodule(path), input_names(model)
-    images, missed, index = 0, 0, -1
+    submodules, names = {path: model.get_submodule(path) for path in paths}, input_names(model)
+    images, missed, index, uncalled = 0, 0, -1, ""
     for index, batch in batches:
         given = _model_inputs(batch, index, input_fn, names).to(device)
-        found = _run_until(model, submodule, given, index)
-        if found is None:
+        found = _run_until(model, submodules, given, index)
+        uncalled = next((path for path in paths if path not in found), "")
+        if uncalled:
             missed += 1
             if missed >= PATIENCE:
                 break
             continue
         missed = 0
-        bound = _bind(submodule, found)
-        images += bound.batch_size if bound.tensors() else 1
+        bound = [_bind(submodules[path], found[path]) for path in paths]
+        images += _rows_of(paths, bound, index)
         yield _Call(given, bound)
         if images >= limit:
             return
     if not images and index >= 0:
         raise GraphError(
-            f"submodule {path!r}, a {type(submodule).__name__}, is never called by the model's forward "
+            f"submodule {uncalled!r}, a {type(submodules[uncalled]).__name__}, is never called by the model's forward "
             f"({missed} batches): it is unused in evaluation mode, only its children are called, or one of its other "
             "methods; name a submodule that the model calls as model.part(x)"
         )
 
 
+def _rows_of(paths: Sequence[str], calls: Sequence[Inputs], index: int) -> int:
+    """Rows that submodules are given in one batch."""
+    counts = [call.batch_size if call.tensors() else 1 for call in calls]
+    if len(set(counts)) > 1:
+        raise CalibrationError(
+            f"in batch {index} they are given {' and '.join(map(str, counts))} rows: parts that are compressed "
+            "together need one row each for an image; compress one, and the other in what that call returns"
+        )
+    return counts[0]
+
+
 @torch.no_grad()
-def _run_until(model: nn.Module, submodule: nn.Module, given: Inputs, index: int) -> Inputs | None:
-    """What the submodule is first called with, None where it is not called."""
+def _run_until(
+    model: nn.Module, submodules: Mapping[str, nn.Module], given: Inputs, index: int
+) -> dict[str, Inputs]:
+    """What the submodules are first called with, by path; those that are not called are missing."""
+    found: dict[str, Inputs] = {}
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args, kwargs)
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if path not in found:
+            # a copy: on its way to the others the model may change them in place
+            found[path] = Inputs(args, kwargs).map(torch.clone)
+        if len(found) == len(submodules):
+            raise _Reached
 
-    hook = submodule.register_forward_pre_hook(stop, with_kwargs=True)
+    hooks = [
+        submodule.register_forward_pre_hook(partial(note, path), with_kwargs=True)
+        for path, submodule in submodules.items()
+    ]
     try:
         model(*given.args, **given.kwargs)
-    except _Reached as reached:
-        return reached.inputs
+    except _Reached:
+        pass
     except Exception as error:
         raise CalibrationError(
             f"the model failed on batch {index} before it reached the submodule: {type(error).__name__}: {error}. It "
             f"was called as model({_describe(given)}); if that is not how it is to be called, {_LIST_ADVICE}."
         ) from error
     finally:
-        hook.remove()
-    return None
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _model_inputs(
@@ -248,10 +298,6 @@ def _bind(submodule: nn.Module, found: Inputs) -> Inputs:
         return found
     bound = inspect.signature(submodule.forward).bind(*found.args, **found.kwargs)
     return Inputs(bound.args) if not bound.kwargs else Inputs((), dict(bound.arguments))
-
-
-def _as_batch(call: _Call) -> tuple[Any, ...] | dict[str, Any]:
-    return call.part.kwargs or call.part.args
 
 
 def submodule_of(model: nn.Module, path: str) -> nn.Module:
