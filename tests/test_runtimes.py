@@ -160,8 +160,9 @@ def test_a_session_on_the_card_is_accepted(doubling: Path, monkeypatch: pytest.M
 def test_a_session_says_where_its_nodes_run(doubling: Path) -> None:
     session = onnxruntime.open_session(doubling, device="cpu", threads=1)
     nodes = {"CPUExecutionProvider": {"Add": 1}}
-    assert onnxruntime.nodes_by_provider(session) == nodes
-    assert onnxruntime.conditions(session)["nodes"] == nodes
+    told = nodes if hasattr(session, "get_provider_graph_assignment_info") else None  # the oldest do not say
+    assert onnxruntime.nodes_by_provider(session) == told
+    assert onnxruntime.conditions(session)["nodes"] == told
     assert onnxruntime.elsewhere(nodes, "CPUExecutionProvider") == ""
 
 
