@@ -162,7 +162,8 @@ def test_a_session_says_where_its_nodes_run(doubling: Path) -> None:
     nodes = {"CPUExecutionProvider": {"Add": 1}}
     told = nodes if hasattr(session, "get_provider_graph_assignment_info") else None  # the oldest do not say
     assert onnxruntime.nodes_by_provider(session) == told
-    assert onnxruntime.conditions(session)["nodes"] == told
+    recorded = onnxruntime.conditions(session)["nodes"]
+    assert recorded == told or (told is None and "does not say" in str(recorded))
     assert onnxruntime.elsewhere(nodes, "CPUExecutionProvider") == ""
 
 
