@@ -32,7 +32,7 @@ from fxprune.runtimes import onnxruntime
 
 __all__ = ["export_int8"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BATCH = 8
 _LOW_AGREEMENT, _LARGE_ERROR = 0.9, 0.1
@@ -51,7 +51,7 @@ def export_int8(
     reduce_range: bool | None = None,
     **settings: Any,
 ) -> ExportRecord:
-    """Write `model` as an ONNX file that computes in eight bits, and whose inputs and outputs keep their types.
+    """Writes `model` as an ONNX file that computes in eight bits, and whose inputs and outputs keep their types.
 
     Weights are rounded for each channel, activations for each value; ranges are the smallest and largest values on the
     images. What rounding the weights adds to a channel's mean is taken off its bias. Where OpenVINO is installed, it is
@@ -114,7 +114,7 @@ def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
     """Warns where the file is far from single precision, or OpenVINO far from onnxruntime."""
     changed = _change(made.agreement, made.error, made.held_back)
     if changed is not None:
-        _logger.warning(
+        logger.warning(
             "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where "
             "OpenVINO serves, NNCF on the file in single precision",
             path,
@@ -122,7 +122,7 @@ def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
         )
     changed = _change(made.openvino_agreement, made.openvino_error or 0.0, made.held_back)
     if changed is not None:
-        _logger.warning(
+        logger.warning(
             "%s: where OpenVINO runs it in place of onnxruntime, that changes %s. Measure its accuracy there before "
             "you serve it so, or make a file for it by NNCF from the one in single precision",
             path,

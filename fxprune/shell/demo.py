@@ -77,7 +77,7 @@ class DigitsNet(nn.Module):
         self.classifier = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[N, 1, 16, 16]` to logits `[N, 10]`."""
+        """Maps images `[N, 1, 16, 16]` to logits `[N, 10]`."""
         x = functional.relu(self.stem(x))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.classifier(self.pool(x).flatten(1))  # type: ignore[no-any-return]
@@ -90,7 +90,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def load_digits(seed: int) -> Digits:
-    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back, which `seed` chooses.
+    """Loads scikit-learn's digits, enlarged to 16x16, and holds 500 of them back, which `seed` chooses.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -112,7 +112,7 @@ def load_digits(seed: int) -> Digits:
 
 
 def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = True) -> DigitsNet:
-    """Train the network from nothing, by SGD with one cycle of the learning rate.
+    """Trains the network from nothing, by SGD with one cycle of the learning rate.
 
     Args:
         digits: The first set is learnt; the held-out one is not looked at.
@@ -145,7 +145,7 @@ def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = T
 
 
 def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train, compress, export, verify and measure; write everything into `out`.
+    """Trains, compresses, exports, verifies and measures; writes everything into `out`.
 
     Args:
         out: Folder for what `compress` writes there, and for these figures, `demo.json`.
