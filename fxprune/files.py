@@ -76,6 +76,22 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def _sync(file: Path) -> None:
+    """Has what was written reach the disk, so that files are whole after a power failure too."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Has the names in a folder reach the disk; some file systems cannot be asked for that."""
+    with contextlib.suppress(OSError):
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place on success and vanishes on any exception."""
@@ -83,9 +99,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # whole files after a power failure too
+        _sync(temporary)
         os.replace(temporary, target)
+        _sync_entries(target.parent)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
     finally:
@@ -106,12 +122,12 @@ def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder / target.name
         company = sorted(file for file in folder.iterdir() if file.name != target.name)
         for file in (*company, folder / target.name):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(file)
         if company:
             target.unlink(missing_ok=True)
         for file in (*company, folder / target.name):
             os.replace(file, target.parent / file.name)
+        _sync_entries(target.parent)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
     finally:
@@ -132,12 +148,12 @@ def replacing_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+                _sync(file)
         if replace and target.exists():
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(target, aside)
         os.replace(temporary, target)
+        _sync_entries(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         if not target.exists() and aside.exists():
