@@ -22,7 +22,7 @@ from fxprune.backends import Backend
 from fxprune.errors import SourceError
 from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
-from fxprune.processes.threads import using_threads
+from fxprune.processes.threads import default_threads, using_threads
 from fxprune.reports.tables import render
 
 __all__ = ["Digits", "DigitsNet", "load_digits", "run", "train"]
@@ -150,7 +150,7 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
     Args:
         out: Folder for what `compress` writes there, and for these figures, `demo.json`.
         seed: Of the split, the training and the compression.
-        threads: Torch's threads meanwhile; None leaves them as they are.
+        threads: Torch's threads meanwhile; by default as for `fxprune.compress`.
         progress: Whether bars show.
 
     Returns:
@@ -163,7 +163,7 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
     started = time.perf_counter()
     check_writable(out)
     digits = load_digits(seed)
-    with using_threads(threads):
+    with using_threads(threads or default_threads()):
         model = train(digits, seed=seed, progress=progress)
         trained_s = time.perf_counter() - started
         small = fxprune.compress(
