@@ -24,6 +24,7 @@ from fxprune.export.running import run, tensors_of
 from fxprune.files import replacing
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.runtimes import onnxruntime
+from fxprune.runtimes.feeds import Array
 from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["export_half"]
@@ -35,7 +36,6 @@ _LIMIT = 1e4
 _TOLERANCE = 5e-3
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-Array = onnxruntime.Array
 
 
 def export_half(

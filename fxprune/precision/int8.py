@@ -29,6 +29,7 @@ from fxprune.graph.call import flat_tensors
 from fxprune.judging.answers import class_scores
 from fxprune.precision.bias import add_biases, correct_biases
 from fxprune.runtimes import onnxruntime
+from fxprune.runtimes.feeds import Array
 
 __all__ = ["export_int8"]
 
@@ -193,9 +194,7 @@ def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
     return wanted
 
 
-def _compared(
-    before: list[onnxruntime.Array], after: list[onnxruntime.Array], runtime: str
-) -> tuple[float | None, float, float]:
+def _compared(before: list[Array], after: list[Array], runtime: str) -> tuple[float | None, float, float]:
     """Share of images of the same class, mean squared error over variance, and the largest difference."""
     differences = [y.astype(np.float64) - x.astype(np.float64) for x, y in zip(before, after, strict=True)]
     if not all(np.isfinite(one).all() for one in differences):
@@ -213,12 +212,12 @@ def _compared(
     return agreement, power / max(spread, 1e-30), max(float(np.abs(x).max()) for x in differences)
 
 
-def _outputs(path: Path, batches: Batches) -> list[onnxruntime.Array]:
+def _outputs(path: Path, batches: Batches) -> list[Array]:
     session = onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads())
     return _joined([onnxruntime.run(session, batch) for batch in batches])
 
 
-def _joined(answers: list[list[onnxruntime.Array]]) -> list[onnxruntime.Array]:
+def _joined(answers: list[list[Array]]) -> list[Array]:
     return [np.concatenate(column) for column in zip(*answers, strict=True)]
 
 

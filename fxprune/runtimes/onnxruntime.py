@@ -18,7 +18,6 @@ from fxprune.errors import DeviceError, MeasurementError
 from fxprune.runtimes.feeds import Array, Values, arrays
 
 __all__ = [
-    "Array",
     "bound_call",
     "conditions",
     "elsewhere",
