@@ -31,7 +31,7 @@ __all__ = [
     "write_text_atomic",
 ]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\..+-(\d+)-[0-9a-f]{8}(\.\w+)?")
 # So long after the last change to it a temporary is nobody's: if its process does not run here, and in any case.
@@ -39,7 +39,7 @@ _IDLE_S, _ABANDONED_S = 60.0, 24 * 3600.0
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` if need be, and prove that files can be written there, before any long work starts."""
+    """Creates `folder` if need be, and proves that files can be written there, before any long work starts."""
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _temporary(target: Path) -> Path:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporaries of runs that were killed; one that another process, or machine, may be at stays."""
+    """Removes the temporaries of runs that were killed; one that another process, or machine, may be at stays."""
     for path in Path(folder).glob(".*"):
         if found := _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):
@@ -76,16 +76,32 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def _sync(file: Path) -> None:
+    """Has what was written reach the disk, so that files are whole after a power failure too."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Has the names in a folder reach the disk; some file systems cannot be asked for that."""
+    with contextlib.suppress(OSError):
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place on success and vanishes on any exception."""
+    """Yields a temporary path beside `path`, which takes its place on success and vanishes on any exception."""
     target = Path(path)
     temporary = _temporary(target)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # whole files after a power failure too
+        _sync(temporary)
         os.replace(temporary, target)
+        _sync_entries(target.parent)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
     finally:
@@ -95,7 +111,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path of the same name in a temporary folder: it, and files written beside it, take their places together.
+    """Yields a path of the same name in a temporary folder: it and files written beside it take their places together.
 
     An old file at `path` goes before new company comes, so that it is never read with that of another.
     """
@@ -106,12 +122,12 @@ def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder / target.name
         company = sorted(file for file in folder.iterdir() if file.name != target.name)
         for file in (*company, folder / target.name):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(file)
         if company:
             target.unlink(missing_ok=True)
         for file in (*company, folder / target.name):
             os.replace(file, target.parent / file.name)
+        _sync_entries(target.parent)
     except OSError as error:
         raise ArtifactError(_describe(error, target)) from error
     finally:
@@ -120,7 +136,7 @@ def replacing_with_company(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which takes its place on success and vanishes on any exception.
+    """Yields a temporary folder beside `path`, which takes its place on success and vanishes on any exception.
 
     An old folder at `path` stays as it is where it is not to be replaced, which is then an error. No system call
     exchanges two folders, so an old one is moved aside first; if the power fails just then, it lies beside `path`.
@@ -132,12 +148,12 @@ def replacing_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+                _sync(file)
         if replace and target.exists():
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(target, aside)
         os.replace(temporary, target)
+        _sync_entries(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         if not target.exists() and aside.exists():
@@ -148,19 +164,19 @@ def replacing_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data`, whole or not at all."""
+    """Writes `data`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-    _logger.debug("wrote %s (%d bytes)", path, len(data))
+    logger.debug("wrote %s (%d bytes)", path, len(data))
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Writes `text` as UTF-8, whole or not at all."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented JSON, whole or not at all; numbers that are not finite are refused."""
+    """Writes `obj` as indented JSON, whole or not at all; numbers that are not finite are refused."""
     try:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -19,9 +19,10 @@ _KEPT = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: 2**31 - 1, _ARENA_MAX: 1}
 # glibc moves its own thresholds, up to these once a large block was freed
 _RETURNED = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _ARENA_MAX: 0}
 
+# by name too, for of other processes' errors there is but the text
 _ALLOCATION = re.compile(
     r"can't allocate memory|not enough memory|out of memory|Unable to allocate|could not create a (primitive|memory)"
-    r"|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc|MemoryError"
 )
 
 
@@ -34,14 +35,17 @@ def memory_explained() -> Iterator[None]:
     """
     try:
         yield
-    except FxpruneError as error:
-        if isinstance(error, OutOfMemoryError) or not _ALLOCATION.search(str(error)):
+    except (FxpruneError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfMemoryError) or not _ran_out(error):
             raise
         raise _explained(error) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _ALLOCATION.search(str(error)):
-            raise
-        raise _explained(error) from error
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether memory is what an error is about, or what it was made from: a `MemoryError` may say nothing."""
+    if isinstance(error, MemoryError) or _ALLOCATION.search(str(error)):
+        return True
+    return error.__cause__ is not None and _ran_out(error.__cause__)
 
 
 def _explained(error: Exception) -> OutOfMemoryError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["html_table", "shortened"]
+__all__ = ["html_table"]
 
 _MOST_ROWS = 40
 
@@ -18,9 +18,3 @@ def html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]
         lines.append(f'<td colspan="{len(headers)}">and {len(rows) - _MOST_ROWS} more</td>')
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def shortened(labels: Sequence[str], most: int = 4) -> str:
-    """A few labels with commas, and how many more there are."""
-    more = [f"{len(labels) - most} more"] if len(labels) > most else []
-    return ", ".join([*labels[:most], *more]) or "none"

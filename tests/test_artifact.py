@@ -63,14 +63,19 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     return model, folder
 
 
+MISSING = b"left out"
+
+
 def tampered(source: Path, target: Path, edits: dict[str, Callable[[bytes], bytes] | bytes]) -> Path:
-    """Copy an archive with some entries changed or added, by the end of their names."""
+    """Copy an archive with some entries changed, added or `MISSING`, by the end of their names."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         root = old.namelist()[0].split("/")[0]
         names = [name.removeprefix(f"{root}/") for name in old.namelist()]
         for name in [*names, *(set(edits) - set(names))]:
             data = old.read(f"{root}/{name}") if name in names else b""
             edit = edits.get(name)
+            if edit is MISSING:
+                continue
             new.writestr(f"{root}/{name}", edit(data) if callable(edit) else data if edit is None else edit)
     return target
 
@@ -311,6 +316,16 @@ def test_an_unknown_operator_is_named_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_missing_weight_is_named_in_one_line(
+    kept: tuple[nn.Module, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = tampered(kept[1] / "model.pt2", tmp_path / "bad.pt2", {"data/weights/weight_0": MISSING})
+    with pytest.raises(ArtifactError, match=r"bad\.pt2.*weight_0") as caught:
+        artifact.load(bad)
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_torch_logs_while_it_reads_is_kept_away(
     kept: tuple[nn.Module, Path],
     tmp_path: Path,
@@ -427,6 +442,35 @@ def test_an_interrupted_write_leaves_the_old_file(
         files.write_text_atomic(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+
+    def sync(descriptor: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix))
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(("replace", target.suffix))
+        genuine(source, target)
+
+    genuine = os.replace
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    files.write_text_atomic(tmp_path / "a.txt", "new")
+    assert done == [("sync", ".txt"), ("replace", ".txt"), ("sync", "")]
+    done.clear()
+    with files.replacing_with_company(tmp_path / "b.onnx") as path:
+        path.touch()
+        path.with_suffix(".data").touch()
+    assert sorted(done[:2]) == [("sync", ".data"), ("sync", ".onnx")]
+    assert done[2:] == [("replace", ".data"), ("replace", ".onnx"), ("sync", "")]
+    done.clear()
+    with files.replacing_folder(tmp_path / "c", replace=True) as folder:
+        (folder / "d.txt").touch()
+    assert done == [("sync", ".txt"), ("replace", ""), ("sync", "")]
 
 
 def test_check_writable_creates_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.drawing import draw
-from fxprune.errors import CalibrationError, OptionError
+from fxprune.errors import CalibrationError, GraphError, OptionError
 from fxprune.graph.call import Inputs
 
 
@@ -320,6 +320,13 @@ def test_inputs_select_and_move_leave_scalars_alone() -> None:
     assert chosen.args[1][0].tolist() == [3, 1]
     assert chosen.args[1][1] is scale and chosen.kwargs == {"flag": True}
     assert chosen.batch_size == 2 and len(chosen.tensors()) == 2
+
+
+def test_inputs_are_given_all_by_position_or_all_by_name() -> None:
+    x, mask = numbered(2), torch.ones(2)
+    assert Inputs((x, mask)).given == (x, mask) and Inputs((), {"x": x}).given == {"x": x}
+    with pytest.raises(GraphError, match="1 inputs are given by position and mask by name; give all one way"):
+        _ = Inputs((x,), {"mask": mask}).given
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

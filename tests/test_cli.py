@@ -34,6 +34,7 @@ from fxprune.errors import (
 from fxprune.graph.regions import Discovery, Kind, Reason, Region, Rejection
 from fxprune.measurements import Interval, Latency, LatencyComparison
 from fxprune.measuring import fresh
+from fxprune.processes.threads import default_threads
 from fxprune.reports import tables
 from fxprune.reports.call import SHELL_COMMAND
 from fxprune.shell import arguments, cli, images
@@ -695,6 +696,7 @@ def test_measure_prints_percentiles_throughput_and_a_verdict(timed, tmp_path, ca
         assert line.rstrip().endswith(words)
     assert "onnxruntime-cpu on Some CPU, 2 threads, batch shape 4x3x8x8; 3 fresh processes" in out
     assert cli.main(["measure", *files, "--json"]) == 0
+    assert timed.kwargs["settings"].threads == default_threads()
     data = json.loads(capsys.readouterr().out)
     assert [one["file"] for one in (data["before"], *data["after"])] == files
     assert data["processes"] == 3 and data["after"][0]["ratio_by_process"] == [0.7, 0.75, 0.8]

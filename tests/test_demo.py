@@ -77,6 +77,19 @@ def test_unwritable_folder_stops_before_training(tmp_path: Path, monkeypatch: py
         demo.run(tmp_path / "file" / "out", progress=False)
 
 
+def test_training_takes_no_more_threads_than_there_are_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise SourceError(f"on {torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(demo, "default_threads", lambda: 3)
+    monkeypatch.setattr(demo, "train", train)
+    for threads, used in ((None, 3), (2, 2)):
+        with pytest.raises(SourceError, match=f"on {used} threads"):
+            demo.run(tmp_path, threads=threads, progress=False)
+
+
 @pytest.mark.slow
 def test_whole_demo(tmp_path: Path) -> None:
     figures = demo.run(tmp_path, seed=0, progress=False)
@@ -87,9 +100,8 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "demo.json").read_text()) == figures
     assert {path.name for path in tmp_path.iterdir()} == {
         *("original.onnx", "model.onnx", "model.safetensors", "model.pt2", "report.json", "report.html"),
-        *("demo.json", "scores"),
+        *("demo.json", "plan.json", "recipe.json", "scores"),
     }
     report = CompressionReport.from_json((tmp_path / "report.json").read_text())
     assert report.accuracy is not None
     assert {side: one.top1 for side, one in report.accuracy.items()} == pytest.approx(figures["accuracy"])
-    assert figures["seconds"]["all"] < 180

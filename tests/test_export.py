@@ -323,8 +323,11 @@ def test_a_file_format_that_cannot_hold_the_opset_is_refused(converted: nn.Modul
         conversion._in_format(onnx_file.convert(), ir_version)
 
 
-def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(tmp_path: Path) -> None:
-    onnx_file.export_onnx(Small(), tmp_path / "m.onnx", [torch.randn(2, 3, 8, 8)], verify=False)
+@pytest.mark.parametrize("how", ["single", "fp16", "int8"])
+def test_no_source_line_and_no_path_of_the_machine_travels_with_the_file(how: str, tmp_path: Path) -> None:
+    x = torch.randn(10, 3, 8, 8)
+    settings = {"int8": x} if how == "int8" else {"example_inputs": x, "fp16": how == "fp16"}
+    fxprune.export_onnx(Small().eval(), tmp_path / "m.onnx", **settings)
     data = (tmp_path / "m.onnx").read_bytes()
     for secret in (str(Path(__file__).parent), str(Path(torch.__file__).parent), "self.block(x)"):
         assert secret.encode() not in data

@@ -376,7 +376,7 @@ def test_notebooks_show_short_tables_and_short_words(report: CompressionReport) 
     region = Region("x", "y", "x", ("y",), Kind.IDENTITY, "a", ("a",), (1, 2), "torch.float32")
     large = Discovery((region,) * 500, refused(*["no"] * 500))
     assert len(large._repr_html_()) < 5000 and "and 460 more" in large._repr_html_()
-    assert repr(large) == "<Discovery: 500 regions (a, a, a, a, 496 more), 500 candidates refused>"
+    assert repr(large) == "<Discovery: 500 regions (a, a, a, a, a and 495 more), 500 candidates refused>"
 
 
 def test_latencies_keep_their_spread() -> None:

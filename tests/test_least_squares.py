@@ -76,12 +76,12 @@ def test_one_walk_sets_each_adaptor_from_what_the_ones_before_it_yield() -> None
     targets = {
         name: rows(6 * 64, 4, i).reshape(6, 8, 8, 4).movedim(-1, 1) for i, name in enumerate(operators)
     }
-    features = start_pre_adaptors(gm, [image_batch(6)], targets)
+    start_pre_adaptors(gm, [image_batch(6)], targets)
     seen: list[Tensor] = []
     adaptors = [m for m in gm.modules() if isinstance(m, Adaptor)]
     for adaptor in adaptors:
         adaptor.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    assert torch.equal(gm(image_batch(6)), features)
+    gm(image_batch(6))
     for adaptor, source in zip(adaptors, seen, strict=True):
         target = targets[adaptor.site.operator]
         flat = [t.movedim(1, -1).reshape(-1, 4) for t in (source, target)]

@@ -12,7 +12,10 @@ from torch import nn
 
 import fxprune
 from fxprune import memory
+from fxprune.errors import ExportError, MeasurementError, OutOfMemoryError
+from fxprune.shell import cli
 from fxprune.timing import latency
+from fxprune.timing.rounds import Contestant
 from tests.tiny import images, tiny
 
 LARGE = 2**26  # bytes
@@ -88,3 +91,54 @@ def test_compress_computes_with_kept_memory_and_times_without_it(monkeypatch: py
     assert computing == [False, False]
     assert timing == [True]
     assert _is_mapped(LARGER)
+
+
+def _called(error: Exception) -> MeasurementError:
+    """What the clock makes of an error of a timed call."""
+
+    def call() -> None:
+        raise error
+
+    with pytest.raises(MeasurementError) as caught:
+        Contestant("candidate 1", call).take(lambda call, repeats: float(call() is None))
+    return caught.value
+
+
+RAN_OUT = [
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 EiB"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ExportError("m.onnx cannot be made: Unable to allocate 7.45 GiB for an array"),
+    MeasurementError("candidate 1 could not be timed, a call failed: std::bad_alloc"),
+    MeasurementError("scoring failed elsewhere: rank 1: MemoryError: "),
+    _called(MemoryError()),
+    _called(MemoryError("it says something else")),
+]
+OTHERWISE = [RuntimeError("a bug"), ExportError("no ONNX form"), _called(ValueError("too long"))]
+
+
+@pytest.mark.parametrize("error", RAN_OUT, ids=str)
+def test_whatever_says_that_memory_ran_out_brings_advice(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = r"memory ran out \(.+\): smaller cache_bytes"
+    with pytest.raises(OutOfMemoryError, match=words), memory.memory_explained():
+        raise error
+
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_COMMANDS", (("inspect", cli.add_inspect, fail, ""),))
+    assert cli.main(["inspect", "m"]) == 6
+    assert "--cache-mib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", OTHERWISE, ids=str)
+def test_other_errors_stay_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, memory.memory_explained():
+        raise error
+    assert caught.value is error

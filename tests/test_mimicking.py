@@ -93,6 +93,9 @@ def test_pixels_are_counted_where_there_are_images(shapes: list[tuple[int, ...]]
         ("learning_rate", -1.0),
         ("momentum", 1.0),
         ("batch_size", 0),
+        ("iterations", 2.5),
+        ("iterations", -1),
+        ("final_iterations", 2.5),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(field: str, value: Any) -> None:

@@ -137,7 +137,7 @@ def test_every_field_is_asked_for_otherwise_below() -> None:
 
 VERBS: dict[str, tuple[Callable[[Path, dict[str, Any]], Answer], set[str]]] = {
     "compress": (compress, set(OTHER)),
-    "sweep": (sweep, set(Settings.__annotations__)),
+    "sweep": (sweep, {*Settings.__annotations__, "submodule"}),
 }
 
 
@@ -166,7 +166,8 @@ def fresh(verb: str, folder: Path) -> Answer:
     return known[0]
 
 
-def test_the_other_questions_have_other_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_other_questions_have_other_answers(verb: str, tmp_path: Path) -> None:
     """Without which the law would say nothing; where an answer may stay, the reason stands here."""
     same = {
         "device",
@@ -178,9 +179,10 @@ def test_the_other_questions_have_other_answers(tmp_path: Path) -> None:
     }  # the CPU either way; where, what else and how, not what
     same |= {"threads", "cache_bytes"}  # the last digits; a cache that holds fewer images
     same |= {"selection"}  # both choose well here: see the test below
-    base = fresh("compress", tmp_path)
-    for field in sorted(OTHER.keys() - same):
-        assert compress(tmp_path / field, OTHER[field]) != base, field
+    run, known = VERBS[verb]
+    base = fresh(verb, tmp_path)
+    for field in sorted(known - same):
+        assert run(tmp_path / field, OTHER[field]) != base, field
 
 
 def test_another_way_of_choosing_has_latencies_of_its_own(

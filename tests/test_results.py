@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import html
 import json
@@ -33,7 +34,7 @@ from fxprune.export import artifact
 from fxprune.pipeline import closing, exports, stages
 from fxprune.precision import int8
 from fxprune.runtimes import onnxruntime
-from tests.doubles import brief, count_latency
+from tests.doubles import brief, count_latency, forbid_work
 from tests.tiny import images, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,8 +249,47 @@ def test_a_file_that_would_be_wrong_is_told_apart(tmp_path: Path, monkeypatch: p
 
 def test_an_old_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
-    with pytest.raises(ArtifactError, match=r"report.json is of an earlier run and cannot be removed"):
+    with pytest.raises(ArtifactError, match=r"report.json is where a result goes and cannot be removed"):
         Results(tmp_path, "report.json", []).begin()
+
+
+@pytest.mark.parametrize("verb", [fxprune.compress, fxprune.sweep])
+@pytest.mark.parametrize("name", ["report.json", "model.onnx", "recipe.json", "sweep.json", "sweep.svg"])
+@pytest.mark.parametrize("why", ["Is a directory", "Operation not permitted"])
+def test_what_is_in_the_way_of_results_is_said_before_any_work(
+    verb: Any, name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_work(monkeypatch)
+    if why == "Is a directory":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).touch()
+        fixed(tmp_path / name, monkeypatch)
+    goal = {"k": 1} if verb is fxprune.compress else {}
+    with pytest.raises(ArtifactError, match=rf"{name} is where a result goes and cannot be removed: {why}"):
+        verb(tiny(), images(), recipe=brief(), progress=False, out=tmp_path, **goal)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "scores"}
+
+
+def fixed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a file be as one that belongs to somebody else, in a folder where only owners remove."""
+    rename = os.rename
+
+    def refused(source: Path, target: Path) -> None:
+        if source == file:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+
+
+def test_old_results_stay_where_they_are_until_there_are_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "report.json").write_text("old")
+    (tmp_path / "model.pt2").symlink_to(tmp_path / "scores")
+    results.require_replaceable(tmp_path, ("report.json", "model.pt2", "model.onnx"), tmp_path / "scores")
+    assert (tmp_path / "report.json").read_text() == "old" and (tmp_path / "model.pt2").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "model.pt2", "scores"}
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:

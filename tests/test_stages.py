@@ -336,6 +336,18 @@ def test_a_report_comes_from_compress_alone() -> None:
         fxprune.report(tiny())
 
 
+def test_a_pickled_network_has_lost_its_report_and_its_inputs_and_says_so(tmp_path: Path) -> None:
+    small = fxprune.compress(tiny(), images(), 1, recipe=brief(), progress=False)
+    torch.save(small, tmp_path / "small.pt")
+    again = torch.load(tmp_path / "small.pt", weights_only=False)
+    with pytest.raises(GraphError, match=r"pickling \(torch\.save of a whole network\) loses it"):
+        fxprune.report(again)
+    with pytest.raises(
+        OptionError, match=r"give example_inputs: .*torch\.save of a whole network drops them"
+    ):
+        fxprune.export_onnx(again, tmp_path / "small.onnx")
+
+
 def test_the_clock_adds_up() -> None:
     clock = StageTimes()
     for _ in range(2):

@@ -142,7 +142,7 @@ def test_a_second_run_computes_nothing_and_prepares_nothing(
         scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
         scorer.prepare(sets)
         fits = [scorer.fit(regions) for regions in sets]
-        assert (scorer.computed, scorer.reused, len(inner.fitted)) == (expected, BLOCKS - expected, expected)
+        assert len(inner.fitted) == expected
         assert inner.prepared == ([BLOCKS] if expected else [])
     assert all(same(fit, Pretender().fit(s)) for fit, s in zip(fits, sets, strict=True))
 
@@ -180,30 +180,32 @@ def test_fits_at_once_wait_until_the_scorer_has_prepared(
     scorer.prepare(sets)
     with ThreadPoolExecutor(BLOCKS) as pool:
         fits = list(pool.map(scorer.fit, sets))
-    assert (scorer.computed, inner.prepared, len(scorer._store)) == (BLOCKS, [BLOCKS], BLOCKS)
+    assert (len(inner.fitted), inner.prepared, len(scorer._store)) == (BLOCKS, [BLOCKS], BLOCKS)
     assert all(same(fit, Pretender().fit(regions)) for fit, regions in zip(fits, sets, strict=True))
 
 
 def test_estimates_are_kept_apart_from_fits(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
     pair = network.regions[:2]
     wanted = Pretender().estimate(pair, ())
-    first = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    computing, idle = Pretender(), Pretender()
+    first = StoredScorer(computing, ScoreStore(tmp_path, key))
     assert first.fit(pair).loss == wanted * 7
     assert first.estimate(pair, ()) == wanted
-    again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    again = StoredScorer(idle, ScoreStore(tmp_path, key))
     assert again.estimate(pair[::-1], ()) == wanted
-    assert (first.computed, again.computed, again.reused) == (2, 0, 1)
+    assert (len(computing.fitted), idle.fitted) == (2, [])
 
 
 def test_what_began_elsewhere_is_another_fit(tmp_path: Path, network: Tiny, key: Fingerprint) -> None:
     pair = network.regions[:2]
     starts = [(), [Pretender().fit([r]) for r in pair], [Pretender().fit([r]) for r in network.regions[1:3]]]
     for expected in (len(starts), 0):
-        scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+        inner = Pretender()
+        scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
         for start in starts:
             scorer.fit(pair, start)
             scorer.estimate(pair, start)
-        assert scorer.computed == 2 * expected
+        assert len(inner.fitted) == 2 * expected
 
 
 def score_slowly(folder: str) -> None:
@@ -227,9 +229,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, network: Tiny, ke
     finished = len(list(tmp_path.glob("*/score-*")))
     assert 3 <= finished < BLOCKS
     # the other process hashed graph, weights, images and settings to the same key
-    scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    inner = Pretender()
+    scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
     fits = [scorer.fit([region]) for region in network.regions]
-    assert (scorer.reused, scorer.computed) == (finished, BLOCKS - finished)
+    assert len(inner.fitted) == BLOCKS - finished
     assert all(same(f, Pretender().fit([r])) for f, r in zip(fits, network.regions, strict=True))
 
 
@@ -325,7 +328,8 @@ def test_a_damaged_score_is_computed_again(
     tmp_path: Path, network: Tiny, key: Fingerprint, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     region = network.regions[:1]
-    scorer = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    inner = Pretender()
+    scorer = StoredScorer(inner, ScoreStore(tmp_path, key))
     wanted = scorer.fit(region)
     (path,) = tmp_path.glob("*/score-*")
     data = path.read_bytes()
@@ -336,7 +340,7 @@ def test_a_damaged_score_is_computed_again(
     assert str(path) in caplog.text
     caplog.clear()
     assert same(scorer.fit(region), wanted)
-    assert (scorer.computed, scorer.reused, caplog.text) == (2, 1, "")
+    assert (len(inner.fitted), caplog.text) == (2, "")
 
 
 def test_a_loss_that_was_changed_is_seen(
@@ -375,10 +379,26 @@ def test_a_full_disk_is_said_plainly_and_loses_nothing(
         with pytest.raises(ArtifactError, match=r"disk is full.*The 1 scores finished before are kept in"):
             scorer.fit(network.regions[1:2])
     assert len(list(scorer._store.folder.iterdir())) == 2
-    again = StoredScorer(Pretender(), ScoreStore(tmp_path, key))
+    inner = Pretender()
+    again = StoredScorer(inner, ScoreStore(tmp_path, key))
     for region in network.regions[:2]:
         again.fit([region])
-    assert (again.reused, again.computed) == (1, 1)
+    assert inner.fitted == [(network.regions[1].label,)]
+
+
+def test_what_a_killed_write_left_goes_for_other_questions_too(
+    tmp_path: Path, network: Tiny, key: Fingerprint
+) -> None:
+    other = ScoreStore(tmp_path, fingerprint_of(network.original, {"seed": 1}))
+    other.put(network.regions[:1], Pretender().fit(network.regions[:1]))
+    kept = {path.name for path in other.folder.iterdir()}
+    for folder in (other.folder, ScoreStore(tmp_path, key).folder):
+        left = folder / f".score-{os.getpid()}-0123abcd.safetensors"
+        left.write_bytes(b"half")
+        os.utime(left, (0, 0))
+    store = ScoreStore(tmp_path, key)
+    assert {path.name for path in other.folder.iterdir()} == kept
+    assert [path.name for path in store.folder.iterdir()] == ["key.json"]
 
 
 def test_settings_are_compared_by_value(network: Tiny) -> None:

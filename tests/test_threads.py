@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from fxprune.errors import OptionError
+from fxprune.processes import threads
 from fxprune.processes.threads import side_by_side, using_threads
 
 
@@ -90,3 +92,25 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == 4
     with pytest.raises(OptionError, match="threads is 0"), using_threads(0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "expected"),
+    [
+        (8, None, 4),  # torch's own number is the least
+        (3, None, 3),
+        (8, "max 100000", 4),
+        (8, "200000 100000", 2),
+        (8, "250000 100000", 2),
+        (8, "50000 100000", 1),  # half a core
+        (1, "200000 100000", 1),
+    ],
+)
+def test_no_more_threads_than_cores_by_affinity_and_by_the_control_groups_quota(
+    cores: int, quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert threads.default_threads() == expected

@@ -6,17 +6,22 @@ report comes last and holds the SHA-256 of every file beside it: a folder with a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fxprune.errors import AgreementError, ArtifactError, ExportError, FxpruneError
 from fxprune.files import write_text_atomic
 
-__all__ = ["Results"]
+__all__ = ["SWEEP_FILES", "Results", "require_replaceable"]
 
 logger = logging.getLogger(__name__)
+
+SWEEP_FILES = ("sweep.json", "sweep.svg", "sweep_accuracy.svg")
+"""What a sweep writes, its report first."""
 
 
 class Results:
@@ -50,10 +55,7 @@ class Results:
             for file in old:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise ArtifactError(
-                f"{error.filename} is of an earlier run and cannot be removed: {error.strerror}. Move it away, or name "
-                "another folder"
-            ) from error
+            raise _in_the_way(error.filename, error) from error
 
     def write(self, make: Callable[[Path], object]) -> None:
         """Has files written into the folder; a failure is kept, so that the others are written all the same."""
@@ -80,3 +82,32 @@ class Results:
         """
         if self._folder is not None:
             write_text_atomic(self._folder / self._report, report)
+
+
+def require_replaceable(folder: Path, names: Sequence[str], other: Path) -> None:
+    """Refuses what would be in the way of results, before any work is done that would then be lost.
+
+    Args:
+        folder: Where results are to go.
+        names: Of the results.
+        other: Any folder on the same disk.
+
+    Raises:
+        ArtifactError: Something has such a name and cannot be removed.
+    """
+    for file in (folder / name for name in names):
+        if file.is_dir() and not file.is_symlink():
+            raise _in_the_way(file, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+        try:
+            # no file takes the place of a folder, but one that must stay is refused for that reason first
+            os.rename(file, other)
+        except PermissionError as error:
+            raise _in_the_way(file, error) from error
+        except OSError:
+            continue
+
+
+def _in_the_way(file: str | Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{file} is where a result goes and cannot be removed: {error.strerror}. Move it away, or name another folder"
+    )

@@ -18,7 +18,7 @@ Augmentation: TypeAlias = Callable[[Inputs, Generator], Inputs]
 
 
 def random_crop_flip(images: Tensor, generator: Generator, *, padding: int | None = None) -> Tensor:
-    """Shift each image by up to `padding` pixels each way and mirror every second one, left to right.
+    """Shifts each image by up to `padding` pixels each way and mirrors every second one, left to right.
 
     This is the usual crop out of a padded image. The border is filled by reflection, so that no edge
     appears that calibration images never had.
@@ -69,7 +69,7 @@ def _source(count: int, extent: int, shift: int, generator: Generator) -> Tensor
 
 
 def cutmix(images: Tensor, generator: Generator) -> Tensor:
-    """Replace a box in each image by the same box of another image of the batch (CutMix, Yun et al. 2019).
+    """Replaces a box in each image by the same box of another image of the batch (CutMix, Yun et al. 2019).
 
     Sides of the box are between a quarter and three quarters of the image's, a quarter of its area on average.
 

@@ -36,7 +36,7 @@ def draw(
     input_fn: Callable[[Any], Any] | None = None,
     names: Mapping[str, bool] = NO_NAMES,
 ) -> CalibrationSet:
-    """Draw the calibration images from a loader, which is iterated once.
+    """Draws the calibration images from a loader, which is iterated once.
 
     Where there are more than `limit` images, the first ones would often be of one class, so the draw is random. Of a
     `Dataset`, and of a `DataLoader` that goes through one in order or shuffled, `limit` indices are drawn and no other

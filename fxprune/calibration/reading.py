@@ -165,7 +165,7 @@ def _kind(value: object) -> str:
 
 
 def check_batch(inputs: Inputs, index: int) -> None:
-    """Refuse a batch that no network could learn from.
+    """Refuses a batch that no network could learn from.
 
     Raises:
         CalibrationError: There are no images, they are not floating-point or not finite, or the tensors

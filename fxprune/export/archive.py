@@ -62,7 +62,7 @@ _TERMS = (ast.Name, ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpo
 
 
 def require_harmless(archive: bytes, path: str) -> None:
-    """Refuse an archive in which opening it could run code that is not torch's own.
+    """Refuses an archive in which opening it could run code that is not torch's own.
 
     Args:
         archive: The whole file; load from the same bytes, not from the file again.
@@ -85,7 +85,7 @@ def require_harmless(archive: bytes, path: str) -> None:
 
 
 def require_compact(data: bytes) -> None:
-    """Refuse, with an `ArtifactError`, a zip archive of several times its size; torch's are not compressed."""
+    """Refuses, with an `ArtifactError`, a zip archive of several times its size; torch's are not compressed."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())

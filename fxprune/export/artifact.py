@@ -38,7 +38,7 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def save(gm: nn.Module, folder: str | os.PathLike[str], *, example_inputs: Sequence[Tensor] | Inputs) -> None:
-    """Keep a network: `model.pt2` (graph and weights) and `model.safetensors` (weights alone).
+    """Keeps a network: `model.pt2` (graph and weights) and `model.safetensors` (weights alone).
 
     The batch size stays free in `model.pt2` wherever the network allows it.
 
@@ -102,7 +102,7 @@ def _free_batch(network: nn.Module, rows: Inputs) -> dict[str, Any]:
 
 
 def _forget_sources(program: torch.export.ExportedProgram) -> None:
-    """Take the lines of the user's source code, and where they stood on this machine, off every node."""
+    """Takes the lines of the user's source code, and where they stood on this machine, off every node."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             for key in ("stack_trace", "source_fn_stack", "from_node"):
@@ -110,7 +110,7 @@ def _forget_sources(program: torch.export.ExportedProgram) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:
-    """Read a network that `save` or `torch.export.save` wrote; archives that could run code are refused.
+    """Reads a network that `save` or `torch.export.save` wrote; archives that could run code are refused.
 
     Args:
         path: A `.pt2` file, or a folder that `save` wrote.
@@ -147,7 +147,7 @@ def program_of(archive: bytes, where: str) -> torch.export.ExportedProgram:
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read weights from `.safetensors`, or from a checkpoint that holds tensors and nothing to run.
+    """Reads weights from `.safetensors`, or from a checkpoint that holds tensors and nothing to run.
 
     Args:
         path: A state dict, alone or under a customary key (`state_dict`, `model`, ...) of a checkpoint.

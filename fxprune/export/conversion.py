@@ -24,7 +24,7 @@ from fxprune.tracing.trace import trace
 
 __all__ = ["convert", "folded"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Torch's exporter writes no older one.
 _OLDEST_OPSET = 18
@@ -48,7 +48,7 @@ def folded(network: nn.Module, rows: Inputs) -> nn.Module:
             else trace(network, rows.given, front_end="fx")
         )
     except FxpruneError as error:
-        _logger.info("batch norms are left to torch's exporter: %s", error)
+        logger.info("batch norms are left to torch's exporter: %s", error)
         return network
     FoldBatchNorm()(graph)
     return graph
@@ -133,7 +133,7 @@ def _with_parameters(network: nn.Module, count: int) -> nn.Module:
 
 
 def _forget_sources(model: ir.Model) -> None:
-    """Take the lines of the user's source code, and where they stood on this machine, off everything."""
+    """Takes the lines of the user's source code, and where they stood on this machine, off everything."""
     scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for part in (*scopes, *model.graph.subgraphs()):
         part.metadata_props.clear()

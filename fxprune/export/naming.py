@@ -78,7 +78,7 @@ def settled(
 
 
 def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Give the inputs and outputs of a model their names, in place; what else is called so makes room."""
+    """Gives the inputs and outputs of a model their names, in place; what else is called so makes room."""
     graph, names = model.graph, (*inputs, *outputs)
     if (len(graph.inputs), len(graph.outputs)) != (len(inputs), len(outputs)):
         raise ExportError(

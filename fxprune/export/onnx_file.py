@@ -27,7 +27,7 @@ from fxprune.tracing.trace import split_inputs
 
 __all__ = ["EightBits", "ExportRecord", "export_onnx", "validated", "writable"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # torch.export takes sizes 0 and 1 for constants, and 2 is often another dimension's size too.
 _EXPORT_BATCH = 3
@@ -121,7 +121,7 @@ def export_onnx(
     dynamic_image_size: bool = False,
     cuts: Sequence[str] = (),
 ) -> ExportRecord:
-    """Write `model` as one ONNX file with a free batch size; the file appears only if it agrees with torch.
+    """Writes `model` as one ONNX file with a free batch size; the file appears only if it agrees with torch.
 
     The file's metadata hold this package's version, the cuts and a fingerprint of the weights. Weights of nearly 2 GiB
     and more lie beside it, in a second file with `.data` behind its name.
@@ -183,7 +183,7 @@ def export_onnx(
                 refusal = _malformed(temporary)
                 if refusal is None:
                     break
-                _logger.warning("onnx.checker refuses the graph (optimize=%s): %s", optimize, refusal)
+                logger.warning("onnx.checker refuses the graph (optimize=%s): %s", optimize, refusal)
             else:
                 raise ExportError(f"torch's exporter wrote ONNX that onnx.checker refuses: {refusal}")
             parity = (
@@ -208,7 +208,7 @@ def export_onnx(
         runtimes=parity.runtimes,
         note=parity.note,
     )
-    _logger.info("wrote %s: %d bytes, %s", path, size, record.checked)
+    logger.info("wrote %s: %d bytes, %s", path, size, record.checked)
     return record
 
 

@@ -62,7 +62,7 @@ def resized(examples: Inputs, batch: int, *, seed: int) -> Inputs:
 def compare(
     network: nn.Module, path: str | os.PathLike[str], examples: Inputs, tolerance: float | None
 ) -> Parity:
-    """Run a file and its network at several batch sizes.
+    """Runs a file and its network at several batch sizes.
 
     The file runs in onnxruntime, without its optimisations and with all of them, and in OpenVINO where that is
     installed and knows the file's operators.

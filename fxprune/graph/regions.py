@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from fxprune.notebook import html_table, shortened
+from fxprune.notebook import html_table
+from fxprune.validation import shortened
 
 __all__ = ["AdaptorSite", "Discovery", "Kind", "Reason", "Region", "Rejection", "Side", "every_call"]
 
@@ -135,7 +136,7 @@ class Discovery:
     rejections: tuple[Rejection, ...]
 
     def __repr__(self) -> str:
-        labels = shortened([region.label for region in self.regions])
+        labels = shortened([region.label for region in self.regions]) or "none"
         return (
             f"<Discovery: {len(self.regions)} regions ({labels}), {len(self.rejections)} candidates refused>"
         )

@@ -28,7 +28,7 @@ except ImportError as error:
 
 __all__ = ["FxPrune", "package_config"]
 
-_logger = logging.getLogger("olive.fxprune")  # Olive shows what its own loggers say, and no others
+logger = logging.getLogger("olive.fxprune")  # Olive shows what its own loggers say, and no others
 
 # what JSON cannot say, and a part of a model: the ONNX file is one of the whole, whose inputs only its owner knows
 _LEFT_OUT = ("model", "loader", "evaluate", "input_fn", "labels", "submodule")
@@ -54,7 +54,7 @@ class FxPrune(Pass):  # type: ignore[misc]  # Olive is not always there to tell 
         images = validate_config(config.data_config, DataConfig).to_data_container().create_dataloader()
         given = {name: value for name in _SETTINGS if (value := getattr(config, name)) is not None}
         small = fxprune.compress(model.load_model(), images, **given)
-        _logger.info("%s", fxprune.report(small))
+        logger.info("%s", fxprune.report(small))
         path = resolve_onnx_path(output_model_path)
         fxprune.export_onnx(small, path)
         return ONNXModelHandler(model_path=path)

@@ -20,7 +20,7 @@ from fxprune.memory import memory_explained
 
 __all__ = ["answer", "ask", "leave"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _QUESTION, _ANSWER = "question.json", "answer.json"
 
@@ -40,7 +40,7 @@ def ask(folder: Path, question: dict[str, Any], module: str, which: str) -> Any:
     """
     (folder / _ANSWER).unlink(missing_ok=True)
     (folder / _QUESTION).write_text(json.dumps(question))
-    _logger.info("measuring in %s", which)
+    logger.info("measuring in %s", which)
     path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same packages as here
     ended = subprocess.run(
         [sys.executable, "-m", module, str(folder)],

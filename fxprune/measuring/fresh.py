@@ -55,7 +55,7 @@ def compare(
     device: str | None = None,
     settings: TimingSettings | None = None,
 ) -> Measured:
-    """Time a network against candidates as `latency.compare` does, in so many processes.
+    """Times a network against candidates as `latency.compare` does, in so many processes.
 
     Args:
         before: A module, or what names one in the shell. Runtimes of ONNX files are given such a file as it is,

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.artifacts.placing import in_place
 from fxprune.artifacts.recipe import ORIGIN, Origin
-from fxprune.artifacts.results import Results
+from fxprune.artifacts.results import SWEEP_FILES, Results
 from fxprune.artifacts.saving import FILES, close_folder, write_plan
 from fxprune.discovery.planned import plan_of
 from fxprune.errors import AgreementError, ArtifactError, ExportError, ParityError
@@ -93,7 +93,7 @@ def _origin(job: Job, plan: DropPlan, example: Inputs) -> Origin:
 
 def close_sweep(job: Job, scores: tuple[BlockScore, ...], points: tuple[SweepPoint, ...]) -> SweepReport:
     """The report of a sweep; it and its plots are written where a folder was given."""
-    results = Results(job.folder if is_main() else None, "sweep.json", ("sweep.svg", "sweep_accuracy.svg"))
+    results = Results(job.folder if is_main() else None, SWEEP_FILES[0], SWEEP_FILES[1:])
     results.begin()
     report = SweepReport(
         points=points,

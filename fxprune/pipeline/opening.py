@@ -15,6 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import fx, nn
 
+from fxprune.artifacts.results import SWEEP_FILES, require_replaceable
+from fxprune.artifacts.saving import FILES
 from fxprune.backends import runs_modules
 from fxprune.calibration.batches import CalibrationSet
 from fxprune.calibration.labelled import LabelledImages
@@ -91,7 +93,7 @@ def open_job(model: Any, loader: Any, options: Options, evaluate: Evaluate | Non
         device_of(options.backend)  # one that is missing is said before any work
     options = options.filled(device_for(model, options.device), options.threads or default_threads())
     with using_threads(options.threads), _plain_torch(), memory_explained(), memory_kept():
-        folder = None if options.out is None else main_first(lambda: check_writable(str(options.out)))
+        folder = None if options.out is None else main_first(lambda: _prepared(str(options.out)))
         with _locked(folder):
             yield make_job(model, loader, options, folder, evaluate)
 
@@ -186,15 +188,21 @@ def make_scorer(original: Original, options: Options, *, progress: bool = False)
     return EndToEndScorer(original, options.recipe.adaptor, progress=progress)
 
 
+def _prepared(out: str) -> Path:
+    """The folder for results and finished work, once it is sure that both can be written."""
+    folder = check_writable(out)
+    require_replaceable(folder, ("report.json", *FILES, *SWEEP_FILES), check_writable(folder / "scores"))
+    return folder
+
+
 @contextmanager
 def _locked(folder: Path | None) -> Iterator[None]:
     """Keeps other runs out of a folder: what two write there at once would be neither's."""
     if folder is None or not is_main():
         yield
         return
-    scores = check_writable(folder / "scores")
     try:
-        lock = FileLock(scores / ".lock", timeout=0).acquire()
+        lock = FileLock(folder / "scores" / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ArtifactError(
             f"{folder} is in use: another run works in it at this moment. Wait for its end, or name another folder"

@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float64]
 
 
 def add_biases(single: onnx.ModelProto) -> None:
-    """Give convolutions without a bias one of zeros, so that there is something to correct."""
+    """Gives convolutions without a bias one of zeros, so that there is something to correct."""
     weights = {one.name: one for one in single.graph.initializer}
     for node in single.graph.node:
         if node.op_type == "Conv" and len(node.input) == 2 and node.input[1] in weights:

@@ -24,24 +24,24 @@ from fxprune.export.running import run, tensors_of
 from fxprune.files import replacing
 from fxprune.graph.call import Inputs, flat_tensors, positional
 from fxprune.runtimes import onnxruntime
+from fxprune.runtimes.feeds import Array
 from fxprune.tracing.evaluation import evaluation_copy
 
 __all__ = ["export_half"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _LIMIT = 1e4
 """The largest activation in half precision, whose numbers end at 65504: other images may reach more than these."""
 _TOLERANCE = 5e-3
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-Array = onnxruntime.Array
 
 
 def export_half(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, **settings: Any
 ) -> ExportRecord:
-    """Write `model` as an ONNX file that computes in half precision, and whose inputs and outputs keep their types.
+    """Writes `model` as an ONNX file that computes in half precision, and whose inputs and outputs keep their types.
 
     On the CPU onnxruntime computes half precision in single precision, which hides what overflows. So every value of
     the written file is looked at in the type that it has there, and torch computes in half precision too, where it
@@ -70,7 +70,7 @@ def export_half(
         record = export_onnx(model, single, example_inputs, **settings)
         kept, worst, accepted = _convert(onnx.load(single), target, network, rows, tolerance)
     if kept:
-        _logger.info("kept in single precision, as they exceed %g: %s", _LIMIT, ", ".join(kept))
+        logger.info("kept in single precision, as they exceed %g: %s", _LIMIT, ", ".join(kept))
     return replace(
         record,
         path=os.fspath(path),
@@ -87,7 +87,7 @@ def export_half(
 def _convert(
     single: onnx.ModelProto, path: Path, network: nn.Module, rows: Inputs, tolerance: float | None
 ) -> tuple[tuple[str, ...], float, float]:
-    """Write the file; the nodes that were kept, the largest difference to the network, and the acceptable one."""
+    """Writes the file; returns the nodes that were kept, the largest difference to the network, the acceptable one."""
     expected = _doubles(run(network, rows))
     accepted = _TOLERANCE * max(1.0, _largest(expected)) if tolerance is None else tolerance
     values = {
@@ -181,7 +181,7 @@ def _in_torch(network: nn.Module, rows: Inputs) -> list[Array] | None:
     try:
         return _doubles(run(copy.deepcopy(network).half(), halved))
     except ExportError as error:
-        _logger.info("torch does not compute this network in half precision on the CPU: %s", error)
+        logger.info("torch does not compute this network in half precision on the CPU: %s", error)
         return None
 
 

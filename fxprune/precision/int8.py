@@ -29,10 +29,11 @@ from fxprune.graph.call import flat_tensors
 from fxprune.judging.answers import class_scores
 from fxprune.precision.bias import add_biases, correct_biases
 from fxprune.runtimes import onnxruntime
+from fxprune.runtimes.feeds import Array
 
 __all__ = ["export_int8"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BATCH = 8
 _LOW_AGREEMENT, _LARGE_ERROR = 0.9, 0.1
@@ -51,7 +52,7 @@ def export_int8(
     reduce_range: bool | None = None,
     **settings: Any,
 ) -> ExportRecord:
-    """Write `model` as an ONNX file that computes in eight bits, and whose inputs and outputs keep their types.
+    """Writes `model` as an ONNX file that computes in eight bits, and whose inputs and outputs keep their types.
 
     Weights are rounded for each channel, activations for each value; ranges are the smallest and largest values on the
     images. What rounding the weights adds to a channel's mean is taken off its bias. Where OpenVINO is installed, it is
@@ -114,7 +115,7 @@ def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
     """Warns where the file is far from single precision, or OpenVINO far from onnxruntime."""
     changed = _change(made.agreement, made.error, made.held_back)
     if changed is not None:
-        _logger.warning(
+        logger.warning(
             "%s: eight bits change %s. Measure its accuracy before you serve it; more images may help, and where "
             "OpenVINO serves, NNCF on the file in single precision",
             path,
@@ -122,7 +123,7 @@ def _advise(path: str | os.PathLike[str], made: EightBits) -> None:
         )
     changed = _change(made.openvino_agreement, made.openvino_error or 0.0, made.held_back)
     if changed is not None:
-        _logger.warning(
+        logger.warning(
             "%s: where OpenVINO runs it in place of onnxruntime, that changes %s. Measure its accuracy there before "
             "you serve it so, or make a file for it by NNCF from the one in single precision",
             path,
@@ -193,9 +194,7 @@ def _require_fused(single: onnx.ModelProto, path: Path, folder: Path) -> int:
     return wanted
 
 
-def _compared(
-    before: list[onnxruntime.Array], after: list[onnxruntime.Array], runtime: str
-) -> tuple[float | None, float, float]:
+def _compared(before: list[Array], after: list[Array], runtime: str) -> tuple[float | None, float, float]:
     """Share of images of the same class, mean squared error over variance, and the largest difference."""
     differences = [y.astype(np.float64) - x.astype(np.float64) for x, y in zip(before, after, strict=True)]
     if not all(np.isfinite(one).all() for one in differences):
@@ -213,12 +212,12 @@ def _compared(
     return agreement, power / max(spread, 1e-30), max(float(np.abs(x).max()) for x in differences)
 
 
-def _outputs(path: Path, batches: Batches) -> list[onnxruntime.Array]:
+def _outputs(path: Path, batches: Batches) -> list[Array]:
     session = onnxruntime.open_session(path, device="cpu", threads=torch.get_num_threads())
     return _joined([onnxruntime.run(session, batch) for batch in batches])
 
 
-def _joined(answers: list[list[onnxruntime.Array]]) -> list[onnxruntime.Array]:
+def _joined(answers: list[list[Array]]) -> list[Array]:
     return [np.concatenate(column) for column in zip(*answers, strict=True)]
 
 

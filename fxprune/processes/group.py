@@ -90,7 +90,7 @@ def ensure_group(timeout_s: float = 3600.0) -> bool:
         torch.cuda.set_device(local % torch.cuda.device_count())
         alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
         backend = "cpu:gloo,cuda:nccl" if alone and dist.is_nccl_available() else "gloo"
-    with _reported("meeting the other processes"):
+    with _as_distributed_error("meeting the other processes"):
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     logger.info("process %d of %d, %s", rank(), world_size(), backend)
     return world_size() > 1
@@ -103,7 +103,7 @@ def leave_group() -> None:
 
 
 @contextmanager
-def _reported(what: str) -> Iterator[None]:
+def _as_distributed_error(what: str) -> Iterator[None]:
     """Turns torch's errors about lost connections into ours."""
     try:
         yield
@@ -183,7 +183,7 @@ def _gather(compute: Callable[[], Any], doing: str) -> list[tuple[Any, str | Non
         failed = error
         failure = str(error) if isinstance(error, FxpruneError) else f"{type(error).__name__}: {error}"
     gathered: list[Any] = [None] * world_size()
-    with _reported(doing):
+    with _as_distributed_error(doing):
         dist.all_gather_object(gathered, (result, failure))
     if failed is not None:
         raise failed
@@ -206,7 +206,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a detached value over all ranks, on every rank."""
     summed = value.detach().clone()
     if world_size() > 1:
-        with _reported("adding losses"):
+        with _as_distributed_error("adding losses"):
             dist.all_reduce(summed)
     return summed
 
@@ -217,7 +217,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if world_size() == 1 or not gradients:
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])  # one message, and one rounding order on all ranks
-    with _reported("adding gradients"):
+    with _as_distributed_error("adding gradients"):
         dist.all_reduce(flat)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
@@ -228,7 +228,7 @@ def share_buffers(module: nn.Module) -> None:
     """Gives floating-point buffers their mean over all ranks: running statistics saw different images on each."""
     if world_size() == 1:
         return
-    with _reported("averaging running statistics"):
+    with _as_distributed_error("averaging running statistics"):
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)

@@ -22,6 +22,8 @@ __all__ = ["default_threads", "side_by_side", "using_threads"]
 
 T = TypeVar("T")
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
 
 @contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
@@ -48,7 +50,7 @@ def default_threads() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = _QUOTA.read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
     return min(torch.get_num_threads(), cores)
 

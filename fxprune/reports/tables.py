@@ -10,7 +10,7 @@ _GAP = "  "
 
 
 def render(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows below their headers.
+    """Lays out rows below their headers.
 
     Floats are shown with four significant digits, None as a dash. A column in which every value is a number
     or None is aligned to the right.

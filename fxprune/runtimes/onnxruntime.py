@@ -18,7 +18,6 @@ from fxprune.errors import DeviceError, MeasurementError
 from fxprune.runtimes.feeds import Array, Values, arrays
 
 __all__ = [
-    "Array",
     "bound_call",
     "conditions",
     "elsewhere",
@@ -58,7 +57,7 @@ def open_session(
     optimised: bool = True,
     optimised_to: Path | None = None,
 ) -> ort.InferenceSession:
-    """Open an ONNX file on a device, and nowhere else.
+    """Opens an ONNX file on a device, and nowhere else.
 
     Args:
         path: An ONNX network.
@@ -160,7 +159,7 @@ def conditions(session: ort.InferenceSession) -> dict[str, object]:
 
 
 def require_tensorrt() -> None:
-    """Load TensorRT for onnxruntime, whose provider is made for one of its versions.
+    """Loads TensorRT for onnxruntime, whose provider is made for one of its versions.
 
     Raises:
         DeviceError: It is not there, or another version.
@@ -174,7 +173,7 @@ def require_tensorrt() -> None:
 
 
 def _require_cuda(provider: str) -> str:
-    """Load the CUDA libraries for onnxruntime and return what could not be loaded, in its own words."""
+    """Loads the CUDA libraries for onnxruntime and returns what could not be loaded, in its own words."""
     if not torch.cuda.is_available():
         raise DeviceError(
             "no CUDA device was found: onnxruntime cannot run on cuda here; measure on the CPU instead"
@@ -191,7 +190,7 @@ def _require_cuda(provider: str) -> str:
 
 
 def run(session: ort.InferenceSession, inputs: Sequence[Values]) -> list[Array]:
-    """Run once, with inputs in the order of the network's own; outputs come in graph order.
+    """Runs once, with inputs in the order of the network's own; outputs come in graph order.
 
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
@@ -206,7 +205,7 @@ def run(session: ort.InferenceSession, inputs: Sequence[Values]) -> list[Array]:
 
 
 def bound_call(session: ort.InferenceSession, inputs: Sequence[Values]) -> Callable[[], None]:
-    """Bind inputs and outputs on the session's device: a call runs the network, without copies, and waits for its end.
+    """Binds inputs and outputs on the session's device: a call runs the network, without copies, and waits for its end.
 
     Raises:
         MeasurementError: The inputs do not fit the network; raised here or by the call.

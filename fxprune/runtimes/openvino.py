@@ -40,7 +40,7 @@ def require() -> ModuleType:
 
 
 def open_session(path: str | os.PathLike[str], *, threads: int) -> Session:
-    """Compile an ONNX file, as it is, for answers of single batches in single precision.
+    """Compiles an ONNX file, as it is, for answers of single batches in single precision.
 
     Args:
         path: An ONNX network.
@@ -67,7 +67,7 @@ def conditions(session: Session) -> dict[str, object]:
 
 
 def run(session: Session, inputs: Sequence[Values]) -> list[Array]:
-    """Run once, with inputs in the order of the network's own; outputs come in graph order.
+    """Runs once, with inputs in the order of the network's own; outputs come in graph order.
 
     Raises:
         MeasurementError: The number, shapes or types of the inputs do not fit the network.
@@ -78,7 +78,7 @@ def run(session: Session, inputs: Sequence[Values]) -> list[Array]:
 
 
 def bound_call(session: Session, inputs: Sequence[Values]) -> Callable[[], None]:
-    """Bind inputs: a call runs the network, without copies, and waits for its end.
+    """Binds inputs: a call runs the network, without copies, and waits for its end.
 
     Raises:
         MeasurementError: The inputs do not fit the network; raised here or by the call.

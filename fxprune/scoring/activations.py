@@ -15,10 +15,10 @@ from fxprune.calibration.rows import Keeper, Rows, example_batch, tensors_in
 from fxprune.errors import OptionError
 from fxprune.graph.call import is_batched
 
-__all__ = ["Activations", "bytes_of", "bytes_per_image"]
+__all__ = ["Activations", "bytes_per_image", "memory_of"]
 
 
-def bytes_of(node: fx.Node) -> int:
+def memory_of(node: fx.Node) -> int:
     """Memory that a node's value takes for the example batch."""
     return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors_in(node))
 
@@ -27,7 +27,7 @@ def bytes_per_image(gm: fx.GraphModule, names: Iterable[str]) -> int:
     """Memory that the values of some nodes take for one image."""
     batch = example_batch(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    return sum(bytes_of(nodes[name]) // batch for name in set(names))
+    return sum(memory_of(nodes[name]) // batch for name in set(names))
 
 
 class Activations:

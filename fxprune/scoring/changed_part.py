@@ -14,7 +14,7 @@ from fxprune.passes import FoldBatchNorm
 from fxprune.placement.dense import OperatorIndex
 from fxprune.recovery.adaptors import Candidate, adaptor_weights
 from fxprune.recovery.features import exit_of, feature_loss
-from fxprune.scoring.activations import Activations, bytes_of
+from fxprune.scoring.activations import Activations, memory_of
 
 __all__ = ["ChangedPart"]
 
@@ -65,8 +65,8 @@ class ChangedPart:
         self.part = between(candidate.graph, self.frontier, list(candidate.tap))
         given = waists
         if not waists:
-            largest = max((bytes_of(nodes[name]) for name in self.frontier), default=0)
-            waists = {name for name in rows if bytes_of(flow[name]) <= largest}
+            largest = max((memory_of(nodes[name]) for name in self.frontier), default=0)
+            waists = {name for name in rows if memory_of(flow[name]) <= largest}
         waist = _several(self.part, candidate, given or rows.keys()) if is_returned(gm, candidate.tap) else {}
         self.far = bool(waist)
         waist = waist or _waist(self.part, candidate, sources, waists)

@@ -61,18 +61,12 @@ class _Starter(fx.Interpreter):
 
 
 @torch.no_grad()
-def start_pre_adaptors(
-    part: fx.GraphModule, inputs: list[Tensor], targets: Mapping[str, Tensor]
-) -> tuple[Tensor, ...]:
+def start_pre_adaptors(part: fx.GraphModule, inputs: list[Tensor], targets: Mapping[str, Tensor]) -> None:
     """Sets every PRE adaptor of a part by least squares, in one walk.
 
     Args:
         part: A candidate from its frontier to the tap.
         inputs: Values of its placeholders for some images; in-place operators may change them.
         targets: What each operator read in the original network, for the same images, by operator name.
-
-    Returns:
-        The features that the part yields with these adaptors.
     """
-    features: tuple[Tensor, ...] = _Starter(part, targets).run(*inputs)
-    return features
+    _Starter(part, targets).run(*inputs)

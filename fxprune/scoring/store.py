@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from fxprune.errors import ArtifactError
-from fxprune.files import check_writable, write_bytes_atomic, write_json_atomic
+from fxprune.files import check_writable, remove_leftovers, write_bytes_atomic, write_json_atomic
 from fxprune.graph.regions import AdaptorSite, Region, Side, every_call
 from fxprune.graph.weights import bytes_of
 from fxprune.recovery.adaptors import AdaptorFit
@@ -62,6 +62,8 @@ class ScoreStore:
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Fingerprint) -> None:
         self._digest = fingerprint.digest
         self.folder = check_writable(folder) / self._digest[:_DIGITS]
+        for other in Path(folder).glob("*/"):
+            remove_leftovers(other)
         if not self.folder.is_dir():
             _tell_what_changed(Path(folder), fingerprint)
         check_writable(self.folder)

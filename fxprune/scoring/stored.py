@@ -32,8 +32,6 @@ class StoredScorer:
     Attributes:
         continues: As of the scorer.
         workers: As of the scorer.
-        reused: Fits and estimates read from the store.
-        computed: Those that had to be computed.
     """
 
     def __init__(self, scorer: Scorer, store: ScoreStore) -> None:
@@ -41,8 +39,6 @@ class StoredScorer:
         self.continues, self.workers = scorer.continues, scorer.workers
         self._announced: list[list[Sequence[Region]]] = []
         self._lock = threading.Lock()
-        self.reused = 0
-        self.computed = 0
 
     def prepare(self, sets: Sequence[Sequence[Region]]) -> None:
         """Announces the sets to come; the scorer hears of them once one of them has to be computed."""
@@ -58,7 +54,6 @@ class StoredScorer:
         """
         stored = self._store.get(regions, start)
         if stored is not None:
-            self._count_reused()
             return stored
         self._announce()
         fit = self._scorer.fit(regions, start)
@@ -77,22 +72,15 @@ class StoredScorer:
             self._announce()
             loss = self._scorer.estimate(regions, start)
             self._store.put_record("estimate", question, loss)
-        else:
-            self._count_reused()
         return loss
 
     def release(self) -> None:
         """Lets the scorer free its memory; the store stays."""
         self._scorer.release()
 
-    def _count_reused(self) -> None:
-        with self._lock:
-            self.reused += 1
-
     def _announce(self) -> None:
         """Before a set is computed: what the scorer prepares for the first serves all, so the others wait for it."""
         with self._lock:
-            self.computed += 1
             while self._announced:
                 self._scorer.prepare(self._announced.pop(0))
 

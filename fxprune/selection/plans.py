@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from fxprune.graph.regions import Region
 from fxprune.measurements import CountComparison, LatencyComparison
-from fxprune.notebook import html_table, shortened
+from fxprune.notebook import html_table
+from fxprune.validation import shortened
 
 __all__ = ["BlockScore", "DropPlan", "largest_plan"]
 
@@ -60,7 +61,7 @@ class DropPlan:
         return tuple(region.label for region in self.regions)
 
     def __repr__(self) -> str:
-        return f"<DropPlan: {shortened(self.chosen)}; chosen among {len(self.scores)} scores>"
+        return f"<DropPlan: {shortened(self.chosen) or 'none'}; chosen among {len(self.scores)} scores>"
 
     def _repr_html_(self) -> str:
         rows = [

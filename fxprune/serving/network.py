@@ -108,7 +108,7 @@ def _inside(path: Path, name: PurePath) -> bool:
 
 
 def check_network(path: Path, source: Path) -> None:
-    """Let onnx's checker look at a copy, and at the files beside it.
+    """Lets onnx's checker look at a copy, and at the files beside it.
 
     Raises:
         SourceError: It objects.

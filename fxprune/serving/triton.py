@@ -53,7 +53,7 @@ def export_triton(
     settings: TritonSettings | None = None,
     overwrite: bool = False,
 ) -> TritonModel:
-    """Write a model for Triton, whose versions share their inputs and outputs.
+    """Writes a model for Triton, whose versions share their inputs and outputs.
 
     Args:
         sources: A folder that `compress` wrote with `out=` and `onnx=True`, or ONNX files, one a version.

@@ -96,7 +96,9 @@ def _add_model(parser: ArgumentParser) -> None:
 
 
 def _add_threads(parser: ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument(
+        "--threads", type=_positive, help="CPU threads (torch's choice, at most the cores that may be used)"
+    )
 
 
 def _add_run(parser: ArgumentParser) -> None:

@@ -48,7 +48,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Runs one command.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
@@ -248,6 +248,7 @@ def _apply(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     from fxprune.files import check_writable
     from fxprune.measuring.several import measure_networks
+    from fxprune.processes.threads import default_threads
     from fxprune.reports.measurement import measurement_table
     from fxprune.sources.examples import inputs_of
     from fxprune.timing.rounds import TimingSettings
@@ -256,7 +257,7 @@ def _measure(args: argparse.Namespace) -> None:
     inputs = inputs_of(networks, batch=args.batch, shapes=args.input_shape)
     # a number of rounds that was asked for is taken, however long it lasts
     rounds = {"min_rounds": args.rounds, "max_rounds": args.rounds, "max_seconds": 1e9} if args.rounds else {}
-    settings = TimingSettings(threads=args.threads, **rounds)
+    settings = TimingSettings(threads=args.threads or default_threads(), **rounds)
     data = measure_networks(
         networks,
         inputs,

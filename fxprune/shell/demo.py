@@ -22,7 +22,7 @@ from fxprune.backends import Backend
 from fxprune.errors import SourceError
 from fxprune.files import check_writable, write_json_atomic
 from fxprune.measurements import LatencyComparison
-from fxprune.processes.threads import using_threads
+from fxprune.processes.threads import default_threads, using_threads
 from fxprune.reports.tables import render
 
 __all__ = ["Digits", "DigitsNet", "load_digits", "run", "train"]
@@ -77,7 +77,7 @@ class DigitsNet(nn.Module):
         self.classifier = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[N, 1, 16, 16]` to logits `[N, 10]`."""
+        """Maps images `[N, 1, 16, 16]` to logits `[N, 10]`."""
         x = functional.relu(self.stem(x))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.classifier(self.pool(x).flatten(1))  # type: ignore[no-any-return]
@@ -90,7 +90,7 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def load_digits(seed: int) -> Digits:
-    """Load scikit-learn's digits, enlarged to 16x16, and hold 500 of them back, which `seed` chooses.
+    """Loads scikit-learn's digits, enlarged to 16x16, and holds 500 of them back, which `seed` chooses.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -112,7 +112,7 @@ def load_digits(seed: int) -> Digits:
 
 
 def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = True) -> DigitsNet:
-    """Train the network from nothing, by SGD with one cycle of the learning rate.
+    """Trains the network from nothing, by SGD with one cycle of the learning rate.
 
     Args:
         digits: The first set is learnt; the held-out one is not looked at.
@@ -145,12 +145,12 @@ def train(digits: Digits, *, seed: int, epochs: int = EPOCHS, progress: bool = T
 
 
 def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train, compress, export, verify and measure; write everything into `out`.
+    """Trains, compresses, exports, verifies and measures; writes everything into `out`.
 
     Args:
         out: Folder for what `compress` writes there, and for these figures, `demo.json`.
         seed: Of the split, the training and the compression.
-        threads: Torch's threads meanwhile; None leaves them as they are.
+        threads: Torch's threads meanwhile; by default as for `fxprune.compress`.
         progress: Whether bars show.
 
     Returns:
@@ -163,7 +163,7 @@ def run(out: Path, *, seed: int = 0, threads: int | None = None, progress: bool 
     started = time.perf_counter()
     check_writable(out)
     digits = load_digits(seed)
-    with using_threads(threads):
+    with using_threads(threads or default_threads()):
         model = train(digits, seed=seed, progress=progress)
         trained_s = time.perf_counter() - started
         small = fxprune.compress(

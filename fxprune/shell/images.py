@@ -121,7 +121,7 @@ def load_images(
     seed: int = 0,
     progress: bool = False,
 ) -> ImageBatches:
-    """Draw images from a folder, nested or flat, and prepare them as for evaluation on ImageNet.
+    """Draws images from a folder, nested or flat, and prepares them as for evaluation on ImageNet.
 
     Each is converted to RGB, resized until it just covers 256/224 of `size`, the centre cropped to `size`, scaled to
     [0, 1] and normalised. A file that cannot be decoded, is longer than `MOST_ASPECT` times its breadth, or has more

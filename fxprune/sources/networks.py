@@ -165,7 +165,7 @@ def _foreign_code(path: Path, failure: str) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint into `model`, every tensor of it, converted to the model's types.
+    """Loads a checkpoint into `model`, every tensor of it, converted to the model's types.
 
     Weights may be nested under `state_dict` or `model`, and their names may all begin with `module.` or
     `_orig_mod.`, as data-parallel and compiled networks write them. Missing `num_batches_tracked` counters

@@ -71,7 +71,7 @@ def compare(
     settings: TimingSettings | None = None,
     show_progress: bool = False,
 ) -> tuple[LatencyComparison, ...]:
-    """Time a network against candidates, alternately, until the ratios are known well enough.
+    """Times a network against candidates, alternately, until the ratios are known well enough.
 
     Args:
         before: The reference: a module, or the path of an ONNX file where `backend` runs those.
@@ -274,7 +274,7 @@ def _wall_clock(call: Callable[[], object], repeats: int) -> float:
 
 
 def _cuda_clock(place: torch.device, call: Callable[[], object], repeats: int) -> float:
-    """Time on the card itself; nothing else may still be running there, and the end is waited for."""
+    """Times on the card itself; nothing else may still be running there, and the end is waited for."""
     make = cast("Callable[..., torch.cuda.Event]", torch.cuda.Event)
     start, end = make(enable_timing=True), make(enable_timing=True)
     with torch.cuda.device(place):

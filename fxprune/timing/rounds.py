@@ -99,7 +99,7 @@ class Contestant:
     samples: list[float] = field(default_factory=list)
 
     def take(self, clock: Clock) -> float:
-        """Take one sample, in seconds per call.
+        """Takes one sample, in seconds per call.
 
         Raises:
             MeasurementError: The call fails; names the contestant.
@@ -145,7 +145,7 @@ def median_interval(
 
 
 def warm_up(contestants: Sequence[Contestant], clock: Clock, calls: int) -> None:
-    """Let caches fill and clocks rise, then choose how many calls make a sample."""
+    """Lets caches fill and clocks rise, then chooses how many calls make a sample."""
     for contestant in contestants:
         for _ in range(calls):
             contestant.take(clock)
@@ -159,7 +159,7 @@ def race(
     settings: TimingSettings,
     tell: Callable[[float], object] = lambda share: None,
 ) -> list[Interval]:
-    """Take rounds until every ratio is known well enough, or time is up.
+    """Takes rounds until every ratio is known well enough, or time is up.
 
     Args:
         contestants: The reference, and what is compared with it.
