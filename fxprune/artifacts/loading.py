@@ -137,7 +137,7 @@ def _prepared(model: nn.Module, example: Inputs, front_end: FrontEnd) -> fx.Grap
     return graph
 
 
-def _cut(graph: fx.GraphModule, plan: Plan, state: Mapping[str, Tensor], name: str) -> fx.GraphModule:
+def _cut(graph: fx.GraphModule, plan: Plan, state: Mapping[str, Tensor], model: str) -> fx.GraphModule:
     """The same graph without the blocks of a plan, with these weights."""
     Cut(plan)(graph)
     for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
@@ -147,7 +147,7 @@ def _cut(graph: fx.GraphModule, plan: Plan, state: Mapping[str, Tensor], name: s
         graph.load_state_dict(state)
     except RuntimeError as error:
         raise ArtifactError(
-            f"the weights do not fit {name} without {', '.join(cut.label for cut in plan.cuts)}: "
+            f"the weights do not fit {model} without {', '.join(cut.label for cut in plan.cuts)}: "
             f"{' '.join(str(error).split())}"
         ) from error
     return graph
