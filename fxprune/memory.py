@@ -90,7 +90,10 @@ def memory_kept() -> Iterator[None]:
 
 @contextmanager
 def memory_returned() -> Iterator[None]:
-    """What is timed in a `with` block allocates as in any other process, within `memory_kept` too."""
+    """What is timed in a `with` block allocates as in any other process, within `memory_kept` too.
+
+    All but: what long work before it has left free in the middle of the heap is used again all the same.
+    """
     with _keepers.lock:
         if _keepers.count:
             _set(_RETURNED)

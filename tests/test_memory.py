@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from fxprune.errors import ExportError, MeasurementError, OutOfMemoryError
 from fxprune.shell import cli
 from fxprune.timing import latency
 from fxprune.timing.rounds import Contestant
+from tests.environments import ROOT
 from tests.tiny import images, tiny
 
 LARGE = 2**26  # bytes
@@ -45,14 +49,17 @@ def _is_mapped(size: int = LARGE) -> bool:
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the allocator is not glibc's")
 
 
-@pytest.fixture(autouse=True)
-def _own_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
-        monkeypatch.delenv(name)
+def in_fresh_process(check: Callable[[], None]) -> None:
+    """Runs a check where nothing else has left large blocks free, which would be used again whatever is set."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    code = f"from tests import test_memory; test_memory.{check.__name__}()"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
-@glibc
-def test_large_blocks_stay_while_a_job_is_open() -> None:
+def blocks_while_memory_is_kept() -> None:
     assert _is_mapped(LARGER)
     with memory.memory_kept():
         assert not _is_mapped()
@@ -63,17 +70,12 @@ def test_large_blocks_stay_while_a_job_is_open() -> None:
             assert _is_mapped(LARGER)
         assert not _is_mapped()
     assert _is_mapped(LARGER)
-
-
-@glibc
-def test_nothing_changes_for_who_has_set_the_allocator_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    os.environ["MALLOC_ARENA_MAX"] = "2"
     with memory.memory_kept():
         assert _is_mapped(LARGER)
 
 
-@glibc
-def test_compress_computes_with_kept_memory_and_times_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks_while_a_network_is_compressed() -> None:
     computing: list[bool] = []
     timing: list[bool] = []
     race = latency.race
@@ -86,11 +88,21 @@ def test_compress_computes_with_kept_memory_and_times_without_it(monkeypatch: py
         computing.append(_is_mapped())
         return 0.0
 
-    monkeypatch.setattr(latency, "race", watched)
-    fxprune.compress(tiny(), images(), regions=["body.1"], latency_batch=1, evaluate=measure, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "race", watched)
+        asked = {"regions": ["body.1"], "latency_batch": 1, "evaluate": measure, "progress": False}
+        fxprune.compress(tiny(), images(), **asked)
     assert computing == [False, False]
     assert timing == [True]
     assert _is_mapped(LARGER)
+
+
+@glibc
+@pytest.mark.parametrize("check", [blocks_while_memory_is_kept, blocks_while_a_network_is_compressed])
+def test_large_blocks_stay_while_a_job_computes_unless_the_user_sets_the_allocator_up(
+    check: Callable[[], None],
+) -> None:
+    in_fresh_process(check)
 
 
 def _called(error: Exception) -> MeasurementError:
