@@ -84,9 +84,9 @@ def compare(
     if others is not None:
         answers["OpenVINO"] = others
     flat = [x for result in expected for x in result]
-    # NaN spreads through max() of an array, though not through the built-in one.
     half = any(x.dtype == np.float16 for x in flat)
     share, least = (_TOLERANCE_HALF, _LEAST_HALF) if half else (_TOLERANCE, _LEAST)
+    # NaN spreads through max() of an array, though not through the built-in one.
     scale = float(np.max([least, *map(_largest, flat)]))
     worst, where = 0.0, ""
     for place, (batch, mine) in enumerate(zip(BATCH_SIZES, expected, strict=True)):

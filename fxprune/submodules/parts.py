@@ -220,7 +220,8 @@ def comparable(network: fx.GraphModule, parts: Parts, few: Inputs) -> tuple[str,
         return tap
     end = network.graph.output_node()
     groups: list[list[fx.Node]] = [[] for _ in parts.graphs]
-    for path, group, output in zip(parts.graphs, groups, end.args[0], strict=True):  # type: ignore[arg-type]  # a tuple
+    outputs: Any = end.args[0]
+    for path, group, output in zip(parts.graphs, groups, outputs, strict=True):
         fx.node.map_arg(output, group.append)
         group[:] = dict.fromkeys(node for node in group if node.name in tap)
         if not group:
