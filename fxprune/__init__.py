@@ -12,7 +12,7 @@ from fxprune._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fxprune import passes
-    from fxprune.api import compress, export_onnx, load, measure, report, save, sweep
+    from fxprune.api import compress, export_onnx, in_own_class, load, measure, report, save, sweep
     from fxprune.discovery.discovery import discover
     from fxprune.errors import FxpruneError
     from fxprune.reading.read import from_onnx
@@ -24,6 +24,7 @@ __all__ = [
     "discover",
     "export_onnx",
     "from_onnx",
+    "in_own_class",
     "load",
     "measure",
     "passes",
@@ -39,6 +40,7 @@ _HOME = {
     "discover": "fxprune.discovery.discovery",
     "export_onnx": "fxprune.api",
     "from_onnx": "fxprune.reading.read",
+    "in_own_class": "fxprune.api",
     "load": "fxprune.api",
     "measure": "fxprune.api",
     "report": "fxprune.api",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, fx, nn
 
 from fxprune.artifacts.loading import load_network
+from fxprune.artifacts.own_class import own_class
 from fxprune.artifacts.recipe import ORIGIN, PartOrigin
 from fxprune.artifacts.saving import save_network
 from fxprune.calibration.drawing import draw
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from typing_extensions import Unpack
 
-__all__ = ["compress", "export_onnx", "load", "measure", "report", "save", "sweep"]
+__all__ = ["compress", "export_onnx", "in_own_class", "load", "measure", "report", "save", "sweep"]
 
 
 @overload
@@ -210,6 +211,30 @@ def load(
     with memory_explained():
         model = factory if factory is None or isinstance(factory, nn.Module) else factory()
         return load_network(folder, None if model is None else unwrapped(model))
+
+
+def in_own_class(model: nn.Module, network: nn.Module) -> nn.Module:
+    """A copy of a model with the cuts and the weights of its compressed graph, for tools that know the class alone.
+
+    In the place of each block that was cut stands a `torch.nn.Identity`, or a `PassThrough` where the block is given
+    more than one input; all else is the model's own code. Copy and graph are run, to see that they agree.
+
+    Args:
+        model: The original, with whatever weights; it is not changed.
+        network: What `compress` or `load` returned for it, trained further or not.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        GraphError: `network` does not say what was cut from it, a cut is no whole module of the model, or the copy
+            computes something else.
+        OptionError: The model lacks a part that was compressed.
+        TraceError: The model cannot be copied.
+        OutOfMemoryError: Memory ran out.
+    """
+    with memory_explained():
+        return own_class(unwrapped(model), unwrapped(network))
 
 
 def export_onnx(

@@ -209,3 +209,34 @@ def test_of_a_network_with_a_decoder_what_it_reads_of_the_changes_is_near() -> N
         for ours, theirs in (("add", "add_2"), ("down", "down"))
     ]
     assert float(near.loss(inputs)) == pytest.approx(sum(by_hand) / 2, rel=1e-4)
+
+
+class Split(nn.Module):
+    """Channels split in two behind a changed layer: the one half goes through blocks, both go to the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.stem(x).chunk(2, 1)
+        parts = [first, second]
+        for block in self.blocks:
+            parts.append(parts[-1] + block(parts[-1]).relu())
+        return self.head(torch.cat(parts, 1))
+
+
+@torch.no_grad()
+def test_of_several_tensors_in_one_value_those_that_are_read_are_near() -> None:
+    gm = fxprune.trace(Split().eval(), torch.randn(2, 3, 8, 8))
+    regions = [region for region in fxprune.discover(gm).regions if region.label == "blocks.0"]
+    original = Original(gm, find_tap(gm), draw(torch.randn(4, 3, 8, 8)))
+    student, _ = cut_and_fold(original, regions, {})
+    pair = Pair(original, student, regions, ["stem"])
+    near = pair.at_near_junctions()
+    assert pair.near == ("getitem", "getitem_1") and near is not None
+    inputs = original.images.example(4)
+    bypass, exit_ = (between(gm, ["x"], [name])(*inputs.args)[0] for name in ("getitem_1", regions[0].exit))
+    by_hand = (bypass - exit_).square().mean() / exit_.var(correction=0)
+    assert float(near.loss(inputs)) == pytest.approx(float(by_hand) / 2, rel=1e-4)

@@ -241,6 +241,7 @@ def test_detectors_of_ultralytics_are_compressed_whole(name: str) -> None:
         wanted, found = model(loader[0])[0], small(loader[0])[0]
     wanted, found = (value[0] if isinstance(value, tuple) else value for value in (wanted, found))
     assert found.shape == wanted.shape
+    assert type(fxprune.in_own_class(model, small)) is type(model)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import fx
 
 from fxprune.graph.draft import Draft
+from fxprune.graph.operators import tensor_meta
 
 __all__ = ["ancestors", "between", "descendants", "exits", "is_returned", "kept", "reached", "share"]
 
@@ -77,6 +79,8 @@ def descendants(gm: fx.GraphModule, names: Iterable[str]) -> set[str]:
 def exits(gm: fx.GraphModule, names: Iterable[str]) -> list[str]:
     """What is read elsewhere of the named nodes and of all between them: everything computed from them goes through it.
 
+    Tensors only: of a node that holds several, what is picked out of it.
+
     ```
     a ── x ── b ── c      exits of a and b: x and b
          └── d
@@ -84,10 +88,16 @@ def exits(gm: fx.GraphModule, names: Iterable[str]) -> list[str]:
     """
     named = list(names)
     inside = descendants(gm, named) & ancestors(gm, named)
+    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        several = node.args[0]
+        if isinstance(several, fx.Node) and several.name in inside and tensor_meta(several) is None:
+            inside.add(node.name)
     return [
         node.name
         for node in gm.graph.nodes
-        if node.name in inside and any(user.name not in inside for user in node.users)
+        if node.name in inside
+        and tensor_meta(node) is not None
+        and any(user.name not in inside for user in node.users)
     ]
 
 

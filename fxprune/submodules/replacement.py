@@ -17,7 +17,7 @@ from fxprune.submodules.capture import device_of, submodule_of
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import inner, unwrapped
 
-__all__ = ["put_in_place", "replace_submodule"]
+__all__ = ["forward_attributes", "put_in_place", "replace_submodule"]
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 # torch.fx drops what it does not know when a graph module is copied, except what stands under this key of its meta
@@ -61,14 +61,15 @@ def replace_submodule(
 def put_in_place(whole: nn.Module, path: str, part: fx.GraphModule, example: Inputs | None = None) -> None:
     """Replaces a submodule of a model in place; see `replace_submodule`, which does so to a copy."""
     original = inner(whole.get_submodule(path))
-    _forward_attributes(original, part)
+    part.meta[_PRESERVED] = {**part.meta.get(_PRESERVED, {}), **forward_attributes(original, part)}
     if example is not None:
         _restore_outputs(original, part, example, path)
     parent, _, name = path.rpartition(".")
     setattr(whole.get_submodule(parent), name, part)
 
 
-def _forward_attributes(original: nn.Module, part: fx.GraphModule) -> None:
+def forward_attributes(original: nn.Module, part: nn.Module) -> dict[str, Any]:
+    """Gives a part the plain public attributes that only the original has, and returns them."""
     missing = {
         name: copy.deepcopy(value)
         for name, value in vars(original).items()
@@ -76,7 +77,7 @@ def _forward_attributes(original: nn.Module, part: fx.GraphModule) -> None:
     }
     for name, value in missing.items():
         setattr(part, name, value)
-    part.meta[_PRESERVED] = {**part.meta.get(_PRESERVED, {}), **missing}
+    return missing
 
 
 def _is_plain(value: object) -> bool:
