@@ -484,6 +484,17 @@ def test_the_shell_makes_a_network_again_from_its_plan(
     assert "nowhere.safetensors cannot be read" in capsys.readouterr().err
 
 
+def test_the_shell_tells_where_plans_of_parts_are_applied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "network.py"
+    source.write_text("from tests.test_saving import normed\n")
+    compress(nn.Sequential(normed(), nn.Linear(2, 2)).eval(), tmp_path / "small", submodule="0")
+    plan, out = tmp_path / "small" / "plan.json", tmp_path / "out"
+    assert cli.main(["apply", str(plan), f"{source}:normed", "--out", str(out)]) == 1
+    assert "is of a part of a model (0): in Python, fxprune.load(" in capsys.readouterr().err
+
+
 def test_a_saved_network_that_was_changed_is_none_in_the_shell(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

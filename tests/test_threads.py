@@ -95,22 +95,44 @@ def test_threads_are_given_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "quota", "expected"),
+    ("cores", "groups", "files", "expected"),
     [
-        (8, None, 4),  # torch's own number is the least
-        (3, None, 3),
-        (8, "max 100000", 4),
-        (8, "200000 100000", 2),
-        (8, "250000 100000", 2),
-        (8, "50000 100000", 1),  # half a core
-        (1, "200000 100000", 1),
+        (8, None, {}, 4),  # torch's own number is the least
+        (3, None, {}, 3),
+        (8, "0::/", {"cpu.max": "max 100000"}, 4),
+        (8, "0::/", {"cpu.max": "200000 100000"}, 2),
+        (8, "0::/", {"cpu.max": "250000 100000"}, 2),
+        (8, "0::/", {"cpu.max": "50000 100000"}, 1),  # half a core
+        (1, "0::/", {"cpu.max": "200000 100000"}, 1),
+        (8, "0::/a.slice/b.service", {"a.slice/cpu.max": "300000 100000"}, 3),
+        (8, "0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "200000 100000"}, 2),
+        (8, "0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        (8, "0::/told/outside", {"cpu.max": "200000 100000"}, 2),
+        (
+            8,
+            "4:memory:/x\n3:cpu,cpuacct:/x\n0::/",
+            {"cpu,cpuacct/x/cpu.cfs_quota_us": "200000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (8, "1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        (8, "3:cpuset:/", {"cpuset/cpu.cfs_quota_us": "100000", "cpuset/cpu.cfs_period_us": "100000"}, 4),
     ],
 )
-def test_no_more_threads_than_cores_by_affinity_and_by_the_control_groups_quota(
-    cores: int, quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_more_threads_than_cores_by_affinity_and_by_the_control_groups_quotas(
+    cores: int,
+    groups: str | None,
+    files: dict[str, str],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(threads, "_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(threads, "_MOUNTED", tmp_path / "mounted")
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(f"{groups}\n")
+    for name, text in files.items():
+        file = tmp_path / "mounted" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
     assert threads.default_threads() == expected

@@ -22,7 +22,8 @@ __all__ = ["default_threads", "side_by_side", "using_threads"]
 
 T = TypeVar("T")
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_GROUPS = Path("/proc/self/cgroup")
+_MOUNTED = Path("/sys/fs/cgroup")
 
 
 @contextmanager
@@ -46,13 +47,39 @@ def using_threads(count: int | None) -> Iterator[None]:
 def default_threads() -> int:
     """Torch's present number of threads, or as many as this process may use cores if those are fewer.
 
-    Both its affinity counts and the processor time that its control group is given.
+    Both its affinity counts and the processor time that its control groups, of either version, are given.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
-        quota, period = _QUOTA.read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return min(torch.get_num_threads(), cores)
+    return min(torch.get_num_threads(), cores, *(max(1, int(quota)) for quota in _quotas()))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores' worth of processor time that each control group around this process is given, where it has a limit."""
+    with contextlib.suppress(OSError):  # no control groups here
+        for line in _GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mounted, parts = _MOUNTED / controllers, Path(path).parts[1:]
+            for depth in range(len(parts) + 1):  # the root too, for a container may be told its path outside
+                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+                    yield _quota(mounted.joinpath(*parts[:depth]), first_version=bool(controllers))
+
+
+def _quota(group: Path, *, first_version: bool) -> float:
+    """The cores' worth of a group.
+
+    Raises:
+        OSError: It is none.
+        ValueError: It has no limit.
+    """
+    if first_version:
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    else:
+        quota, period = map(int, (group / "cpu.max").read_text().split())  # "max" is no number
+    if quota < 0:
+        raise ValueError("no limit")
+    return quota / period
 
 
 def side_by_side(

@@ -221,6 +221,8 @@ def _recover(args: argparse.Namespace) -> None:
 def _apply(args: argparse.Namespace) -> None:
     import fxprune
     from fxprune.artifacts.loading import rebuild
+    from fxprune.artifacts.recipe import RECIPE, read_recipe
+    from fxprune.errors import ArtifactError
     from fxprune.export.artifact import load_state
     from fxprune.files import check_writable
     from fxprune.graph.call import flat_tensors
@@ -229,8 +231,15 @@ def _apply(args: argparse.Namespace) -> None:
     from fxprune.sources.networks import load_model
 
     out = check_writable(args.out)
-    plan = Plan.read(args.plan)
-    state = load_state(args.weights or Path(args.plan).with_name("model.safetensors"))
+    plan, folder = Plan.read(args.plan), Path(args.plan).parent
+    parts = read_recipe(folder).submodule if (folder / RECIPE).is_file() else None
+    if parts is not None:
+        named = parts if isinstance(parts, str) else ", ".join(parts)
+        raise ArtifactError(
+            f"{args.plan} is of a part of a model ({named}): in Python, fxprune.load({str(folder)!r}, build) puts it "
+            "back"
+        )
+    state = load_state(args.weights or folder / "model.safetensors")
     shapes = [tuple(x.shape) for x in flat_tensors(example_of(plan.inputs))]
     small = rebuild(load_model(args.model, shapes), plan, state, front_end=args.front_end)
     fxprune.save(small, out)
