@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,24 @@ def test_a_graph_with_numbers_in_first_place_is_written_again(tmp_path: Path) ->
     x = noise(7, 4, 6, 6)
     (again,) = ort.InferenceSession(tmp_path / "again.onnx").run(None, {"x": x})
     np.testing.assert_allclose(again, 2 - 2 * (2 / (2 + np.exp(x))), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_called_as_an_exporter_calls_its_own_are_written_again(tmp_path: Path) -> None:
+    weights = {f"val_{i}": noise(1, 4, 1, 1) for i in range(12)} | {"shape": whole(0, 4, 36)}
+    chain = ["x", *(f"sum_{i}" for i in range(12))]
+    nodes = [
+        helper.make_node("Add", [given, f"val_{i}"], [made])
+        for i, (given, made) in enumerate(pairwise(chain))
+    ]
+    nodes += [helper.make_node("Reshape", [chain[-1], "shape"], ["flat"])]
+    nodes += [helper.make_node("ReduceMean", ["flat"], ["y"], axes=[2], keepdims=0)]
+    graph = fxprune.from_onnx(write(tmp_path / "net.onnx", nodes, weights))
+    fxprune.export_onnx(graph, tmp_path / "again.onnx", torch.from_numpy(noise(2, 4, 6, 6)))
+    x = noise(7, 4, 6, 6)
+    outputs = [
+        ort.InferenceSession(tmp_path / name).run(None, {"x": x})[0] for name in ("net.onnx", "again.onnx")
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
 
 
 def test_torch_logs_no_traceback_of_what_is_refused(

@@ -12,14 +12,16 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.artifacts.own_class import PassThrough
 from fxprune.errors import GraphError, OptionError
-from tests.doubles import brief
+from tests.doubles import brief, count_latency
 from tests.tiny import images, tiny
 
 
 def compressed(model: nn.Module, *regions: str, **options: object) -> nn.Module:
-    return fxprune.compress(
-        model, images(), regions=list(regions), recipe=brief(), progress=False, onnx=False, **options
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        count_latency(patch)
+        return fxprune.compress(
+            model, images(), regions=list(regions), recipe=brief(), progress=False, latency_batch=2, **options
+        )
 
 
 def assert_alike(one: nn.Module, other: nn.Module) -> None:

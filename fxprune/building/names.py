@@ -12,6 +12,8 @@ from torch import fx, nn
 __all__ = ["identifier", "path_of", "plain_path", "scope_of"]
 
 _TAKEN = frozenset({*dir(nn.Module()), *dir(fx.GraphModule), "meta"})
+_EXPORTERS = re.compile(r"val_\d+")
+"""What PyTorch's exporter calls constants of its own, without a look at what has that name already."""
 _PARAMETERS = (".weight", ".bias", ".w_0", ".b_0", ".running_mean", ".running_var")
 
 
@@ -22,9 +24,9 @@ def identifier(name: str) -> str:
 
 
 def plain_path(parts: Iterable[str]) -> str:
-    """A path of letters, digits and underscores, none of its steps an attribute that every module has."""
+    """A path of letters, digits and underscores, none of its steps a name that something else has."""
     steps = [re.sub(r"\W", "_", step, flags=re.ASCII) for part in parts for step in part.split(".") if step]
-    return ".".join(f"{step}_" if step in _TAKEN else step for step in steps)
+    return ".".join(f"{step}_" if step in _TAKEN or _EXPORTERS.fullmatch(step) else step for step in steps)
 
 
 def scope_of(node: onnx.NodeProto) -> str:
