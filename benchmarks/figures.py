@@ -64,14 +64,14 @@ class Passage:
         return PLACE.findall(self.text)
 
     def search(self, text: str) -> Iterator[re.Match[str]]:
-        """Find it in a document, whatever the numbers and wherever lines are broken."""
+        """Finds it in a document, whatever the numbers and wherever lines are broken."""
         literal = PLACE.split(self.text)[::2]
         words = (r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in literal)
         return re.finditer(NUMBER.join(words), text)
 
 
 def passages(text: str) -> list[Passage]:
-    """Read the list of passages."""
+    """Reads the list of passages."""
     found: list[Passage] = []
     document, names = "", dict[str, str]()
     for paragraph in filter(None, map(str.strip, re.split(r"\n\s*\n", text))):
@@ -96,7 +96,7 @@ def documents() -> list[str]:
 
 
 def figure(place: str, folder: Path = RESULTS) -> str:
-    """Return the figure for a place, as the document should show it.
+    """Returns the figure for a place, as the document should show it.
 
     Raises:
         OptionError: There is no such file or key, or more than one value is left.
@@ -135,7 +135,7 @@ def _step(found: Any, step: str) -> Any:
 
 
 def problems(passage: Passage, text: str, folder: Path = RESULTS) -> list[str]:
-    """Say what is wrong with a passage of a document's text."""
+    """Says what is wrong with a passage of a document's text."""
     matches = list(passage.search(text))
     if not matches or (len(matches) > 1 and passage.places):
         return [f"{passage.document}: found {len(matches)} times, not once: {passage.text}"]
@@ -152,7 +152,7 @@ def problems(passage: Passage, text: str, folder: Path = RESULTS) -> list[str]:
 
 
 def unexplained(document: str, text: str, known: Sequence[Passage]) -> list[str]:
-    """Return the lines of a document with a number that looks measured and belongs to no passage."""
+    """Returns the lines of a document with a number that looks measured and belongs to no passage."""
     plain = CODE.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
     covered = [match.span() for passage in known for match in passage.search(text)]
     if document.startswith("docs/decisions/"):
@@ -169,7 +169,7 @@ def unexplained(document: str, text: str, known: Sequence[Passage]) -> list[str]
 
 
 def updated(text: str, known: Sequence[Passage], folder: Path = RESULTS) -> str:
-    """Return a document with what the result files say now."""
+    """Returns a document with what the result files say now."""
     for passage in known:
         for match in passage.search(text) if passage.places else ():
             spans = [match.span(group + 1) for group in range(len(passage.places))]
@@ -180,7 +180,7 @@ def updated(text: str, known: Sequence[Passage], folder: Path = RESULTS) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what does not agree, or write what the result files say; the exit status is 1 if something is left."""
+    """Prints what does not agree, or writes what the result files say; the exit status is 1 if something is left."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.figures", description=(__doc__ or "").split("\n")[0]
     )

@@ -38,7 +38,7 @@ its commit and machine.
 
 
 def page(folder: Path = RESULTS) -> str:
-    """Write the page for the result files of a folder.
+    """Writes the page for the result files of a folder.
 
     Raises:
         OptionError: A file is nobody's result.
@@ -80,7 +80,7 @@ def _row(file: Path, result: Mapping[str, Any], script: str, claim: str) -> tupl
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write `benchmarks/README.md`."""
+    """Writes `benchmarks/README.md`."""
     write_text_atomic(PAGE, page())
 
 

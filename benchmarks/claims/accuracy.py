@@ -59,7 +59,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     recipe = options.shortened(arguments.recipe, arguments.adaptor_iterations, arguments.mimic_iterations)
     test = networks.test_images(arguments.model, arguments.data)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(
     case: Case, images: Tensor, recipe: Recipe, kept: ResultFile, arguments: argparse.Namespace, seed: int
 ) -> dict[str, Any]:
-    """Compress once and measure everything."""
+    """Compresses once and measures everything."""
     start = time.perf_counter()
     small = fxprune.compress(
         case.model,
@@ -125,7 +125,7 @@ def _run(
 
 
 def native_twin(case: Case, small: GraphModule, chosen: Sequence[str]) -> nn.Module:
-    """Build the network natively without the chosen blocks and give it the compressed network's weights.
+    """Builds the network natively without the chosen blocks and gives it the compressed network's weights.
 
     Raises:
         PostconditionError: If the two do not have the same parameters: something of an adaptor is left.
@@ -141,25 +141,25 @@ def native_twin(case: Case, small: GraphModule, chosen: Sequence[str]) -> nn.Mod
 
 
 def max_abs_diff(a: nn.Module, b: nn.Module, images: Tensor) -> float:
-    """Return the largest absolute difference of two networks' outputs."""
+    """Returns the largest absolute difference of two networks' outputs."""
     with torch.inference_mode():
         return float((a(images) - b(images)).abs().max())
 
 
 def _onnx_max_abs_diff(small: GraphModule, images: Tensor) -> float:
-    """Export to a temporary file; return how far ONNX Runtime and torch lie apart."""
+    """Exports to a temporary file; returns how far ONNX Runtime and torch lie apart."""
     with tempfile.TemporaryDirectory() as folder:
         return float(fxprune.export_onnx(small, Path(folder) / "model.onnx", (images,)).max_abs_diff)
 
 
 def timed_before(entries: Mapping[str, Any], chosen: Sequence[str]) -> Any:
-    """Return the latencies that an earlier run with the same plan measured, or None."""
+    """Returns the latencies that an earlier run with the same plan measured, or None."""
     plan = sorted(chosen)
     return next((run["latency"] for run in entries.values() if sorted(run["chosen"]) == plan), None)
 
 
 def _latencies(case: Case, small: GraphModule, native: nn.Module) -> dict[str, Any]:
-    """Time the compressed network, interleaved with the original and with its native twin, per backend.
+    """Times the compressed network, interleaved with the original and with its native twin, per backend.
 
     The ratio to the original says what was gained; the one to the twin, that folded adaptors cost nothing. The twin is
     a graph too: what is compared are operators, not the calls of nested Python modules around them.
@@ -174,7 +174,7 @@ def _latencies(case: Case, small: GraphModule, native: nn.Module) -> dict[str, A
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row per image count: accuracy, agreement, time and choices over the seeds; then the latencies."""
+    """Prints one row per image count: accuracy, agreement, time and choices over the seeds; then the latencies."""
     rows = []
     for count in sorted({run["images"] for run in runs}):
         group = [run for run in runs if run["images"] == count]
@@ -195,7 +195,7 @@ def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _print_latencies(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row per plan, backend and reference, and the worst differences over all runs."""
+    """Prints one row per plan, backend and reference, and the worst differences over all runs."""
     rows = []
     for plan, latency in {tuple(sorted(run["chosen"])): run["latency"] for run in reversed(runs)}.items():
         for backend, references in latency.items():

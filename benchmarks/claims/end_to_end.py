@@ -76,7 +76,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     with using_threads(arguments.threads):
         settings = options.settings_of(arguments, "k", "timed_iterations", recipes=RECIPES.values())
@@ -116,7 +116,7 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def _measured(case: Case, few: int, kept: ResultFile, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a case, or take it up; scaled from `few` iterations unless that is 0."""
+    """Runs a case, or takes it up; scaled from `few` iterations unless that is 0."""
     cases = [dataclasses.replace(case, iterations=n) for n in (0, few)] if few else [case]
     runs = [
         kept.once(
@@ -129,14 +129,14 @@ def _measured(case: Case, few: int, kept: ResultFile, arguments: argparse.Namesp
 
 
 def _apart(case: Case) -> dict[str, Any]:
-    """Run a case in a new process, whose peak memory is then the case's."""
+    """Runs a case in a new process, whose peak memory is then the case's."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(run, case).result()
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Compress once.
+    """Compresses once.
 
     Returns:
         Seconds in all and by stage, peak memory in bytes, and what was chosen.
@@ -176,7 +176,7 @@ def run(case: Case) -> dict[str, Any]:
 def scaled(
     without: Mapping[str, Any], few: Mapping[str, Any], iterations: int, recipe: Recipe
 ) -> dict[str, Any]:
-    """Scale the stages that iterate from a run of no iterations and one of a few; the rest is the former's."""
+    """Scales the stages that iterate from a run of no iterations and one of a few; the rest is the former's."""
     durations = dict(without["durations"])
     for stage, fit in ITERATING.items():
         fixed, timed = without["durations"][stage], few["durations"][stage]

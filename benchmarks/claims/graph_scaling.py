@@ -54,7 +54,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the tables and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     settings = {name: getattr(arguments, name) for name in ("stage_blocks", "repeats", "threads")}
     kept = options.result_file(arguments, "graph_scaling", settings, fresh=True)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def chain(nodes: int, stage_blocks: int) -> fx.GraphModule:
-    """Build a residual chain: blocks of convolution, ReLU, convolution, add, ReLU, in stages of two widths.
+    """Builds a residual chain: blocks of convolution, ReLU, convolution, add, ReLU, in stages of two widths.
 
     Args:
         nodes: Nodes of the graph, about.
@@ -122,7 +122,7 @@ def _with_shape(node: fx.Node, width: int) -> fx.Node:
 
 
 def network(name: str) -> fx.GraphModule:
-    """Trace a real network whose weights are memory that was never written: time is all that counts here."""
+    """Traces a real network whose weights are memory that was never written: time is all that counts here."""
     build, shape = NETWORKS[name]
     with torch.device("meta"):
         model = build().eval()
@@ -132,7 +132,7 @@ def network(name: str) -> fx.GraphModule:
 
 
 def measure(build: Callable[[], fx.GraphModule], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time every stage on one graph.
+    """Times every stage on one graph.
 
     Raises:
         NoRegionError: The graph holds no region.
@@ -187,7 +187,7 @@ def _once(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def exponent(rows: Sequence[Mapping[str, Any]], stage: str) -> float:
-    """Fit `seconds = c * nodes ** exponent` by least squares between logarithms."""
+    """Fits `seconds = c * nodes ** exponent` by least squares between logarithms."""
     nodes = np.log([row["nodes"] for row in rows])
     seconds = np.log([max(row["cpu_s"][stage], 1e-9) for row in rows])
     return float(np.polyfit(nodes, seconds, 1)[0])

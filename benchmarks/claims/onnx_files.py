@@ -103,7 +103,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     defaults = {"threads": torch.get_num_threads(), "seed": 0, "out": None}
     parser = options.parser("onnx_files", __doc__, **defaults)
     parser.add_argument(
@@ -194,7 +194,7 @@ def _export_and_try(name: str, way: str) -> dict[str, Any]:
 
 
 def read_cut_and_write(file: Path, size: tuple[int, int]) -> dict[str, Any]:
-    """Read a file, cut the first region that can be cut, and write what is left; a refusal is part of the row."""
+    """Reads a file, cuts the first region that can be cut, and writes what is left; a refusal is part of the row."""
     begun = time.perf_counter()
     made = _row()
     try:

@@ -75,7 +75,7 @@ VARIANTS: Mapping[str, Callable[[], Recipe]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     arguments = options.parse(_parser(), argv)
     unknown = [name for name in arguments.models if name not in REGIONS]
     unknown += [name for name in arguments.variants if name not in VARIANTS]

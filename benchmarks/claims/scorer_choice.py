@@ -28,7 +28,7 @@ Pair = dict[str, tuple[str, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     scored = _scored(arguments)
     recipe = options.shortened("fast", arguments.iterations, arguments.iterations)
@@ -57,7 +57,7 @@ def _key(seed: int, labels: Sequence[str]) -> str:
 
 
 def _scored(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Read the losses of both scorers and the savings.
+    """Reads the losses of both scorers and the savings.
 
     Raises:
         OptionError: The file is no result of `benchmarks.claims.scoring`, of another network, or without a reference.

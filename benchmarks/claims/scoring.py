@@ -74,7 +74,7 @@ class Variant:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the tables and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     trained = MODELS[arguments.model].weights is not None and not arguments.random
     with using_threads(arguments.threads), memory_kept():
@@ -130,7 +130,7 @@ def _variants(images: int) -> dict[str, Variant]:
 
 
 def _run(job: Job, regions: Sequence[Region], variant: Variant) -> dict[str, Any]:
-    """Score all regions, from nothing."""
+    """Scores all regions, from nothing."""
     _finish_device(job)
     begun = time.perf_counter()
     scorer = variant.kind(
@@ -178,7 +178,7 @@ def _reference(
 
 
 def _take_over(arguments: argparse.Namespace, regions: Sequence[Region], kept: ResultFile) -> None:
-    """Copy reference losses from earlier results, each of which may hold some of the regions.
+    """Copies reference losses from earlier results, each of which may hold some of the regions.
 
     All are read before anything is written: the file that is written may be one of them.
 
@@ -206,7 +206,7 @@ def _take_over(arguments: argparse.Namespace, regions: Sequence[Region], kept: R
 
 
 def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
-    """Fit one region as the paper does."""
+    """Fits one region as the paper does."""
     settings = dataclasses.replace(RECIPES["practise"].adaptor, iterations=iterations)
     scorer = EndToEndScorer(job.original, settings)
     _finish_device(job)
@@ -219,7 +219,7 @@ def _timed(job: Job, region: Region, iterations: int) -> dict[str, float]:
 def _in_turns(
     job: Job, regions: Sequence[Region], kept: ResultFile, arguments: argparse.Namespace
 ) -> float | None:
-    """Time the default scorer and the published fits in turns, so that both see the machine's slow hours.
+    """Times the default scorer and the published fits in turns, so that both see the machine's slow hours.
 
     Returns:
         The time of 1000 iterations a region, scaled on this machine; None where it was not asked for.

@@ -33,7 +33,7 @@ SELECTIONS: tuple[Selection, ...] = ("independent", "greedy", "exact")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the tables and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     recipe = options.shortened(arguments.recipe, arguments.adaptor_iterations, arguments.mimic_iterations)
     with using_threads(arguments.threads):
@@ -77,7 +77,7 @@ def _run_seed(
 
 
 def _choice(job: Job, scores: Sequence[BlockScore], k: int, selection: Selection) -> dict[str, Any]:
-    """Choose a set; a selection that cannot is noted with its reason."""
+    """Chooses a set; a selection that cannot is noted with its reason."""
     known: dict[tuple[str, ...], float] = {}
     losses = JointLosses(job.scorer, job.fits)
 

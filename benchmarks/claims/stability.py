@@ -27,7 +27,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the tables and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the tables and leaves JSON in `benchmarks/results/`."""
     arguments = _parse(argv)
     subject = jobs.subject_for(arguments, arguments.seed)
     with using_threads(arguments.threads):
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _choose(subject: networks.Subject, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trace, measure, score and choose, as `compress` does."""
+    """Traces, measures, scores and chooses, as `compress` does."""
     begun = time.perf_counter()
     job = jobs.job_of(
         subject,

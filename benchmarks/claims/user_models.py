@@ -37,7 +37,7 @@ ITERATIONS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for, print the table and leave JSON in `benchmarks/results/`."""
+    """Runs what the command line asks for, prints the table and leaves JSON in `benchmarks/results/`."""
     defaults = {"k": 2, "threads": torch.get_num_threads(), "seed": 0, "out": None}
     parser = options.parser("user_models", __doc__, **defaults)
     parser.add_argument("--only", type=options.words, default=tuple(USERS), help=f"of {','.join(USERS)}")
@@ -66,7 +66,7 @@ def recipe() -> Recipe:
 
 
 def compress_and_run(user: UserModel, k: int, seed: int) -> dict[str, Any]:
-    """Compress a network, run it, export what was compressed and measure it.
+    """Compresses a network, runs it, exports what was compressed and measures it.
 
     Raises:
         FxpruneError: A stage refused the network, or the exported file disagrees with torch.

@@ -55,7 +55,7 @@ class LabelledImages:
 
 
 def data_folder(data: str | Path | None = None) -> Path:
-    """Find the data folder.
+    """Finds the data folder.
 
     Raises:
         SourceError: If it is not there.
@@ -70,7 +70,7 @@ def data_folder(data: str | Path | None = None) -> Path:
 
 
 def cifar10_test(data: str | Path | None = None) -> LabelledImages:
-    """Load the CIFAR-10 test set: 10,000 images `[N, 3, 32, 32]`."""
+    """Loads the CIFAR-10 test set: 10,000 images `[N, 3, 32, 32]`."""
     files, labels = _cifar10_files(data, "test")
     return LabelledImages(_load(files, _read_cifar10), torch.tensor(labels))
 
@@ -78,7 +78,7 @@ def cifar10_test(data: str | Path | None = None) -> LabelledImages:
 def few_shot(
     images: int, seed: int, *, held_back: int = 0, data: str | Path | None = None
 ) -> tuple[Tensor, LabelledImages]:
-    """Draw calibration images from the CIFAR-10 training pool, classes ignored.
+    """Draws calibration images from the CIFAR-10 training pool, classes ignored.
 
     For one seed, a smaller draw is the beginning of a larger one, and the held-back images stay the same.
 
@@ -126,7 +126,7 @@ class Photographs:
 def photographs(
     part: str, data: str | Path | None = None, wanted: Photographs = Photographs()
 ) -> LabelledImages:
-    """Load photographs `[N, 3, 224, 224]`; a file name begins with its class, counted from 1.
+    """Loads photographs `[N, 3, 224, 224]`; a file name begins with its class, counted from 1.
 
     Args:
         part: `fit` (500, to compress with) or `held_out` (200 of other classes, to report on).
@@ -144,7 +144,7 @@ def photographs(
 def few_photographs(
     images: int, seed: int, *, data: str | Path | None = None, wanted: Photographs = Photographs()
 ) -> Tensor:
-    """Draw photographs `[images, 3, 224, 224]` to compress with; a smaller draw begins a larger one of its seed.
+    """Draws photographs `[images, 3, 224, 224]` to compress with; a smaller draw begins a larger one of its seed.
 
     Raises:
         OptionError: There are not so many.
@@ -156,7 +156,7 @@ def few_photographs(
 
 
 def load_weights(model: nn.Module, name: str, data: str | Path | None = None) -> nn.Module:
-    """Load `weights/NAME.pt` into a network: float32, evaluation mode, laid out channels last.
+    """Loads `weights/NAME.pt` into a network: float32, evaluation mode, laid out channels last.
 
     That layout makes torch's convolutions on a CPU faster, in training and in serving, so it is the fairer
     original to compare with (docs/decisions/0008-channels-last-originals.md).
@@ -181,24 +181,24 @@ def load_weights(model: nn.Module, name: str, data: str | Path | None = None) ->
 
 
 def predictions(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """Return the likeliest class `[N]` of each image `[N, C, H, W]`; put the network in evaluation mode."""
+    """Returns the likeliest class `[N]` of each image `[N, C, H, W]`; puts the network in evaluation mode."""
     model.eval()
     with torch.inference_mode():
         return torch.cat([model(batch).argmax(1) for batch in torch.split(images, batch_size)])
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
-    """Return the share of images `[N, C, H, W]` whose most likely class is their label `[N]`, in [0, 1]."""
+    """Returns the share of images `[N, C, H, W]` whose most likely class is their label `[N]`, in [0, 1]."""
     return share(predictions(model, images, batch_size) == labels)
 
 
 def agreement(a: nn.Module, b: nn.Module, images: Tensor, batch_size: int = 250) -> float:
-    """Return the share of images `[N, C, H, W]` on which two networks name the same class, in [0, 1]."""
+    """Returns the share of images `[N, C, H, W]` on which two networks name the same class, in [0, 1]."""
     return share(predictions(a, images, batch_size) == predictions(b, images, batch_size))
 
 
 def share(hits: Tensor) -> float:
-    """Return the share of true entries of `[N]`, exactly, in [0, 1]."""
+    """Returns the share of true entries of `[N]`, exactly, in [0, 1]."""
     return int(hits.sum()) / len(hits)
 
 
@@ -220,7 +220,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _load(files: Sequence[Path], read: Callable[[Path], Tensor]) -> Tensor:
-    """Read files in parallel (decoding releases the interpreter lock) into `[N, 3, H, W]`."""
+    """Reads files in parallel (decoding releases the interpreter lock) into `[N, 3, H, W]`."""
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) * 2)) as pool:
         return torch.stack(list(pool.map(read, files, chunksize=64)))
 
@@ -245,5 +245,5 @@ def _open(file: Path) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """Convert an image to `[3, H, W]` in [0, 1]."""
+    """Converts an image to `[3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0

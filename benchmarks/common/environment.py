@@ -25,7 +25,7 @@ RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 
 def describe() -> dict[str, Any]:
-    """Return the machine, the versions, the date (UTC) and the commit, ready for JSON."""
+    """Returns the machine, the versions, the date (UTC) and the commit, ready for JSON."""
     gpu = device_name("cuda") if torch.cuda.is_available() else None
     machine = {"cpu": device_name("cpu"), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()}
     return {
@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of what computes and measures, None for what is not installed."""
+    """Returns the versions of what computes and measures, None for what is not installed."""
     found = {"fxprune": fxprune.__version__} | {name: _version(name) for name in DISTRIBUTIONS}
     return found | {"onnxruntime": next(filter(None, map(_version, RUNTIMES)), None)}
 
@@ -51,7 +51,7 @@ def _version(distribution: str) -> str | None:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Return the commit, marked `+` if tracked files other than results differ; None outside a repository."""
+    """Returns the commit, marked `+` if tracked files other than results differ; None outside a repository."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)

@@ -43,7 +43,7 @@ def subject_for(arguments: argparse.Namespace, seed: int) -> Subject:
 
 
 def job_for(arguments: argparse.Namespace, seed: int, recipe: str | Recipe = "fast") -> Job:
-    """Open a compression of that network and those images."""
+    """Opens a compression of that network and those images."""
     return job_of(subject_for(arguments, seed), recipe=recipe, seed=seed, device=arguments.device)
 
 
@@ -57,7 +57,7 @@ def job_of(
     selection: Selection | None = None,
     backend: Backend = "torch",
 ) -> Job:
-    """Open a compression as `fxprune.compress` does, up to where scoring begins."""
+    """Opens a compression as `fxprune.compress` does, up to where scoring begins."""
     options = Options.of(
         k,
         recipe=recipe,
@@ -81,13 +81,13 @@ def regions_named(job: Job, labels: Sequence[str]) -> list[Region]:
 
 
 def savings_of(job: Job) -> dict[str, Any]:
-    """Measure what each region saves, as plain data by label."""
+    """Measures what each region saves, as plain data by label."""
     regions = job.discovery.regions
     return {region.label: asdict(one) for region, one in zip(regions, savings(job), strict=True)}
 
 
 def reach(job: Job, regions: Sequence[Region], test: data.LabelledImages | None) -> dict[str, Any]:
-    """Recover the network without a set, and measure it; `test` serves for the accuracy alone."""
+    """Recovers the network without a set, and measures it; `test` serves for the accuracy alone."""
     begun = time.perf_counter()
     recovered, plan = repair(job, DropPlan((), tuple(regions)))
     seconds = time.perf_counter() - begun
@@ -104,7 +104,7 @@ def reach(job: Job, regions: Sequence[Region], test: data.LabelledImages | None)
 def block_scores(
     regions: Sequence[Region], losses: Mapping[str, float], savings: Mapping[str, Any]
 ) -> tuple[BlockScore, ...]:
-    """Join losses and kept savings, both by label, to scores in the regions' order."""
+    """Joins losses and kept savings, both by label, to scores in the regions' order."""
     kept = [(region, losses[region.label], savings[region.label]) for region in regions]
     return tuple(
         BlockScore(region, loss, float("nan"), restored(LatencyComparison, saving))
@@ -115,6 +115,6 @@ def block_scores(
 def independent_plans(
     regions: Sequence[Region], losses: Mapping[str, float], savings: Mapping[str, Any]
 ) -> list[tuple[Region, ...]]:
-    """Return the independent choices for k = 1, 2, ... by losses and kept savings, both by label."""
+    """Returns the independent choices for k = 1, 2, ... by losses and kept savings, both by label."""
     scores = block_scores(regions, losses, savings)
     return list(Planner(scores, lambda sets, plan: [], "independent").path())

@@ -71,7 +71,7 @@ class Subject:
 def subject_of(
     name: str, images: int, seed: int, *, random: bool, data_path: str | None = None, size: int | None = None
 ) -> Subject:
-    """Build a network with its images.
+    """Builds a network with its images.
 
     Args:
         name: One of `MODELS`.

@@ -20,12 +20,12 @@ __all__ = ["NETWORK", "counts", "parse", "parser", "result_file", "settings_of",
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Parse `a,b` to words; an empty text gives none."""
+    """Parses `a,b` to words; an empty text gives none."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """Parse `100,250` to numbers; an empty text gives none."""
+    """Parses `100,250` to numbers; an empty text gives none."""
     return tuple(int(part) for part in words(text))
 
 
@@ -57,7 +57,7 @@ BASIS = ("model", "images", "random", "device", "seed")
 
 
 def parser(script: str, about: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Make a script's parser.
+    """Makes a script's parser.
 
     Args:
         script: Its module in `benchmarks.claims`.
@@ -73,7 +73,7 @@ def parser(script: str, about: str | None, **defaults: Any) -> argparse.Argument
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line and note it as `command`, without the places of data and files: each machine has its own."""
+    """Parses a command line, and notes it as `command` without the places of data and files, which are no settings."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = made.parse_args(given)
     shown = [word for word in given if not word.startswith("--data=")]
@@ -88,7 +88,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
 def result_file(
     arguments: argparse.Namespace, name: str, settings: Mapping[str, Any], *, fresh: bool = False
 ) -> ResultFile:
-    """Open the file that `--out` names, else the one of that name."""
+    """Opens the file that `--out` names, else the one of that name."""
     chosen = arguments.out or name
     return ResultFile(chosen, settings, seed=arguments.seed, command=arguments.command, fresh=fresh)
 
@@ -96,14 +96,14 @@ def result_file(
 def settings_of(
     arguments: argparse.Namespace, *names: str, recipes: Iterable[Recipe] = (), basis: Sequence[str] = BASIS
 ) -> dict[str, Any]:
-    """Return what a result depends on: some of the options, the threads, and recipes in full."""
+    """Returns what a result depends on: some of the options, the threads, and recipes in full."""
     given = {name: getattr(arguments, name) for name in (*basis, *names)}
     used = {recipe.name: asdict(recipe) for recipe in recipes}
     return given | {"threads": torch.get_num_threads()} | ({"recipes": used} if used else {})
 
 
 def shortened(name: str, adaptor: int | None, mimic: int | None) -> Recipe:
-    """Return a recipe with so many iterations of adaptors and of mimicking, its own where None."""
+    """Returns a recipe with so many iterations of adaptors and of mimicking, its own where None."""
     recipe = recipe_named(name)
     for stage, iterations in (("adaptor", adaptor), ("mimic", mimic)):
         if iterations is not None:

@@ -55,7 +55,7 @@ class ResultFile:
         return kept
 
     def put(self, key: str, entry: T) -> T:
-        """Keep an entry, JSON-able.
+        """Keeps an entry, JSON-able.
 
         Raises:
             ArtifactError: The file cannot be written.
@@ -70,12 +70,12 @@ class ResultFile:
         return entry
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return the entry kept under a key, or make and keep it."""
+        """Returns the entry kept under a key, or makes and keeps it."""
         return self.entries[key] if key in self.entries else self.put(key, make())
 
 
 def read_result(file: str | Path) -> dict[str, Any]:
-    """Read an earlier result.
+    """Reads an earlier result.
 
     Raises:
         OptionError: The file is not one.

@@ -16,7 +16,7 @@ ACCURACY: Columns = {"top-1, %": ("accuracy", 100.0), "spread": ("accuracy_sprea
 
 
 def mean_and_spread(values: Iterable[float | None]) -> tuple[float, float] | tuple[None, None]:
-    """Return the mean and the sample standard deviation (0 for one value) of what was measured, None for nothing."""
+    """Returns the mean and the sample standard deviation (0 for one value) of what was measured, None for nothing."""
     known = [value for value in values if value is not None]
     if not known:
         return None, None
@@ -24,7 +24,7 @@ def mean_and_spread(values: Iterable[float | None]) -> tuple[float, float] | tup
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Columns) -> None:
-    """Print a table.
+    """Prints a table.
 
     Args:
         rows: Figures by name; what is missing is shown as a dash, what is a list with commas.

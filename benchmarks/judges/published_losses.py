@@ -57,7 +57,7 @@ class _Fit:
 
 
 def losses_side_by_side(job: Job, regions: Sequence[Region], settings: FitSettings) -> dict[str, float]:
-    """Fit the adaptors of each region as PRACTISE does, all at once.
+    """Fits the adaptors of each region as PRACTISE does, all at once.
 
     Args:
         job: The compression.

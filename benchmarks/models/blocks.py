@@ -10,7 +10,7 @@ __all__ = ["surviving"]
 
 
 def surviving(blocks: Sequence[str], droppable: Iterable[str], without: Iterable[str]) -> tuple[str, ...]:
-    """Return `blocks` less those that `without` names.
+    """Returns `blocks` less those that `without` names.
 
     Args:
         blocks: Labels of all blocks, such as `layer1.0`, in the order they run.

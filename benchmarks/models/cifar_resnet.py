@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
         self.missing = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return functional.relu(out + self.shortcut(x))
@@ -74,14 +74,14 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(WIDTHS[2], 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[N, 3, 32, 32]` to logits `[N, 10]`."""
+        """Maps images `[N, 3, 32, 32]` to logits `[N, 10]`."""
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.pool(x).flatten(1))  # type: ignore[no-any-return]
 
 
 def _stage(name: str, kept: Iterable[str], inputs: int, outputs: int) -> nn.Sequential:
-    """Build the kept blocks of one stage under their own numbers; only block 0 changes the shape."""
+    """Builds the kept blocks of one stage under their own numbers; only block 0 changes the shape."""
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     for label in kept:
         stage, index = label.split(".")
@@ -92,7 +92,7 @@ def _stage(name: str, kept: Iterable[str], inputs: int, outputs: int) -> nn.Sequ
 
 
 def resnet(depth: int, *, without: Iterable[str] = ()) -> CifarResNet:
-    """Build the network of the given depth, for instance 20, 56 or 1202.
+    """Builds the network of the given depth, for instance 20, 56 or 1202.
 
     Raises:
         OptionError: If `depth` is not `6n + 2` with `n` of at least 1.
@@ -103,10 +103,10 @@ def resnet(depth: int, *, without: Iterable[str] = ()) -> CifarResNet:
 
 
 def resnet20(*, without: Iterable[str] = ()) -> CifarResNet:
-    """Build ResNet-20: 0.27 M parameters."""
+    """Builds ResNet-20: 0.27 M parameters."""
     return resnet(20, without=without)
 
 
 def resnet56(*, without: Iterable[str] = ()) -> CifarResNet:
-    """Build ResNet-56: 0.85 M parameters."""
+    """Builds ResNet-56: 0.85 M parameters."""
     return resnet(56, without=without)

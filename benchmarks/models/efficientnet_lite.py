@@ -45,7 +45,7 @@ class ConvNorm(nn.Module):
         self.pads = (before, kernel - 2 - before) * 2 if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         if self.pads is not None:
             x = functional.pad(x, self.pads)
         return self.bn(self.conv(x))  # type: ignore[no-any-return]  # torch leaves calls untyped
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.project = ConvNorm(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         out = x if self.expand is None else functional.relu6(self.expand(x))
         out = self.project(functional.relu6(self.depthwise(out)))
         return x + out if self.residual else out  # type: ignore[no-any-return]  # torch leaves calls untyped
@@ -98,6 +98,6 @@ class EfficientNetLite0(nn.Module):
         self.fc = nn.Linear(HEAD, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[N, 3, 224, 224]` to logits `[N, 1000]`."""
+        """Maps images `[N, 3, 224, 224]` to logits `[N, 1000]`."""
         x = functional.relu6(self.head(self.blocks(functional.relu6(self.stem(x)))))
         return self.fc(self.pool(x).flatten(1))  # type: ignore[no-any-return]  # torch leaves calls untyped

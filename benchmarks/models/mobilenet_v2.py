@@ -58,7 +58,7 @@ class ConvLayer(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         if self.pads:
             x = functional.pad(x, (0, 1, 0, 1))
         x = self.conv(x)
@@ -87,7 +87,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         out: Tensor = self.conv(x)
         return x + out if self.residual else out
 
@@ -116,12 +116,12 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Linear(HEAD, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[N, 3, 224, 224]` in [-1, 1] to logits `[N, 1001]`."""
+        """Maps images `[N, 3, 224, 224]` in [-1, 1] to logits `[N, 1001]`."""
         return self.classifier(self.pool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
 
 
 def _blocks() -> dict[str, InvertedResidual]:
-    """Build the 17 inverted residuals by label; number 0 is the stem."""
+    """Builds the 17 inverted residuals by label; number 0 is the stem."""
     blocks: dict[str, InvertedResidual] = {}
     inputs = STEM
     for expansion, channels, repeats, first_stride in SETTINGS:
