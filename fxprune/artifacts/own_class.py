@@ -82,7 +82,7 @@ def _take_out(model: nn.Module, label: str, gone: Sequence[str]) -> None:
     # a label tells of the sum too, which may stand further out than all that has weights
     path = label if f"{around}.".startswith(f"{label}.") else around
     block = submodule_of(model, path) if path else model
-    inside = [(f"{path}.{name}", module) for name, module in block.named_modules()]
+    inside = block.named_modules(prefix=path)
     left = [name for name, module in inside if [*module.parameters(recurse=False)] and name not in gone]
     if not path or left:
         raise GraphError(
