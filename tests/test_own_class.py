@@ -51,6 +51,18 @@ def test_weights_that_were_trained_further_go_over() -> None:
     assert_alike(fxprune.in_own_class(model, small), small)
 
 
+def test_a_network_in_training_is_left_as_it_is() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Nested(), Nested(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+    ).eval()
+    small = compressed(model, "2").train()
+    before = copy.deepcopy(small.state_dict())
+    own = fxprune.in_own_class(model, small)
+    assert small.training and not own.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    assert_alike(own, small.eval())
+
+
 def test_a_network_from_a_folder_comes_into_any_model_of_the_class(tmp_path: Path) -> None:
     small = compressed(tiny(), "body.1")
     fxprune.save(small, tmp_path / "small")

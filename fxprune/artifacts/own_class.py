@@ -16,7 +16,7 @@ from fxprune.errors import GraphError
 from fxprune.graph.call import Calls, Inputs
 from fxprune.graph.examples import example_for
 from fxprune.plan import Plan
-from fxprune.submodules.capture import submodule_of
+from fxprune.submodules.capture import device_of, submodule_of
 from fxprune.submodules.replacement import forward_attributes
 from fxprune.tracing.evaluation import evaluation_copy
 from fxprune.tracing.unwrap import inner
@@ -48,7 +48,7 @@ def own_class(model: nn.Module, network: nn.Module) -> nn.Module:
     """
     graphs = {
         path: module
-        for path, module in network.named_modules()
+        for path, module in evaluation_copy(network).named_modules()
         if isinstance(module, fx.GraphModule) and ORIGIN in module.meta
     }
     if not graphs:
@@ -105,8 +105,9 @@ def _around(modules: Sequence[str]) -> str:
 
 
 def _load(part: nn.Module, graph: fx.GraphModule) -> Sequence[str]:
-    """Gives a model the weights of a graph, of its type; returns the names of those without a place there."""
+    """Gives a model the weights of a graph, of its type and where it is; returns the names of those without a place."""
     state = graph.state_dict()
+    part.to(device_of(graph))
     for name, tensor in (*part.named_parameters(), *part.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name])
