@@ -176,6 +176,8 @@ def _installed(folder: Path, python: Path, *options: str, extras: str = "") -> P
     (wheel,) = wheels.iterdir()
     # in an environment that is kept, pip would take an older build of the same version for this one
     subprocess.run([*pip, "uninstall", "--yes", "fxprune"], check=True)
+    # what an install that was broken off left behind
+    shutil.rmtree(_site_packages(python) / "fxprune", ignore_errors=True)
     subprocess.run([*pip, "install", *options, f"{wheel}{extras}"], check=True)
     for name in ("fxprune", "passes", "build", "fxprune.egg-info"):
         shutil.rmtree(tree / name)

@@ -58,7 +58,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_dropping",
         "test_passes",
     ),
-    "passes/sequential": ("test_passes",),
+    "passes/sequential": ("test_passes", "test_plans"),
     "passes/store_weights": ("test_dropping", "test_passes", "test_motifs"),
 }
 LIBRARIES = (

@@ -338,6 +338,9 @@ def test_a_report_comes_from_compress_alone() -> None:
 
 def test_a_pickled_network_has_lost_its_report_and_its_inputs_and_says_so(tmp_path: Path) -> None:
     small = fxprune.compress(tiny(), images(), 1, recipe=brief(), progress=False)
+    for node in small.graph.nodes:
+        node.type = None  # annotations that are text keep old releases of torch from pickling any graph
+    small.recompile()
     torch.save(small, tmp_path / "small.pt")
     again = torch.load(tmp_path / "small.pt", weights_only=False)
     with pytest.raises(GraphError, match=r"pickling \(torch\.save of a whole network\) loses it"):
