@@ -171,14 +171,16 @@ def _installed(folder: Path, python: Path, *options: str, extras: str = "") -> P
     for old in (tree, wheels):
         shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(ROOT, tree, symlinks=True, ignore=UNTRACKED)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(tree)], check=True)
+
+    def pip(*arguments: str) -> None:
+        command = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+        subprocess.run(command, env=ISOLATED, check=True)
+
+    pip("wheel", "--no-deps", "--wheel-dir", str(wheels), str(tree))
     (wheel,) = wheels.iterdir()
     # in an environment that is kept, pip would take an older build of the same version for this one
-    subprocess.run([*pip, "uninstall", "--yes", "fxprune"], check=True)
-    # what an install that was broken off left behind
-    shutil.rmtree(_site_packages(python) / "fxprune", ignore_errors=True)
-    subprocess.run([*pip, "install", *options, f"{wheel}{extras}"], check=True)
+    pip("uninstall", "--yes", "fxprune")
+    pip("install", *options, f"{wheel}{extras}")
     for name in ("fxprune", "passes", "build", "fxprune.egg-info"):
         shutil.rmtree(tree / name)
     for path in _answer(python, WHERE, tree).split():
