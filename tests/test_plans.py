@@ -103,6 +103,7 @@ def test_a_plan_is_cut_once() -> None:
     gm = fxprune.trace(normed(), image_batch())
     cut = Cut(plan("1"))
     assert cut(gm).modified and not cut(gm).modified
+    assert Cut(plan("3"))(gm).modified and not cut(gm).modified  # nor when more than its blocks are gone
 
 
 def without_first(network: nn.Sequential) -> nn.Sequential:
