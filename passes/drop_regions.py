@@ -53,7 +53,8 @@ class DropRegions(FxPass):
         """Every region must lie in this graph, or have been dropped from it already."""
         names = {node.name for node in graph_module.graph.nodes}
         for region in self.pending(graph_module):
-            missing = [n for n in (region.entry, region.bypass, *region.body) if n not in names]
+            named = dict.fromkeys((region.entry, region.bypass, *region.body))
+            missing = [name for name in named if name not in names]
             if missing:
                 raise GraphError(
                     f"region {region.label} names nodes that this graph does not hold ({', '.join(missing[:4])}); "

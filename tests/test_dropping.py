@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune.errors import GraphError
 from fxprune.graph.regions import Region
 from fxprune.passes import DropRegions, PropagateShapes, StoreWeights
 from tests.tiny import images, tiny
@@ -39,6 +40,14 @@ def test_no_clone_comes_where_nothing_is_changed_in_place() -> None:
     gm = fxprune.trace(Begins().eval(), (images(2),))
     DropRegions(fxprune.discover(gm).regions)(gm)
     assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_a_region_of_another_graph_is_refused_by_its_first_few_nodes() -> None:
+    region = fxprune.discover(fxprune.trace(tiny(), (images(2),))).regions[1]
+    with pytest.raises(GraphError) as caught:
+        DropRegions([region])(fxprune.trace(nn.Conv2d(3, 3, 1), (images(2),)))
+    assert len(caught.value.nodes) == 5
+    assert f"does not hold ({', '.join(caught.value.nodes[:4])}); discover" in str(caught.value)
 
 
 class Viewed(nn.Module):
