@@ -13,7 +13,7 @@ import fxprune
 from fxprune.artifacts.own_class import PassThrough
 from fxprune.errors import GraphError, OptionError
 from tests.doubles import brief, count_latency
-from tests.tiny import images, tiny
+from tests.tiny import Tiny, images, tiny
 
 
 def compressed(model: nn.Module, *regions: str, **options: object) -> nn.Module:
@@ -138,7 +138,7 @@ def test_a_block_with_several_arguments_gives_back_the_first() -> None:
     assert_alike(own, small)
 
 
-def test_nothing_to_pass_on_is_said_by_python() -> None:
+def test_where_nothing_comes_by_position_the_first_by_name_is_passed_on() -> None:
     assert PassThrough()(x=1, y=2) == 1
 
 
@@ -196,7 +196,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_a_model_that_computes_something_else_is_refused() -> None:
-    class Louder(type(tiny())):  # type: ignore[misc]  # the same weights, another forward
+    class Louder(Tiny):
+        """The same weights, another forward."""
+
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
